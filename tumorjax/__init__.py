@@ -1,0 +1,1 @@
+"""Scaling laws of tumour segmentation with real and synthetic scans, in JAX."""
