@@ -1,0 +1,50 @@
+"""Volume overlap of two masks."""
+
+import numpy as np
+from jaxtyping import Array, Bool
+
+
+def dice(
+    truth: Bool[Array, "x y z"] | Bool[np.ndarray, "x y z"],
+    prediction: Bool[Array, "x y z"] | Bool[np.ndarray, "x y z"],
+) -> float:
+    """Returns the Dice similarity coefficient 2|G and P| / (|G| + |P|).
+
+    Args:
+        truth: mask G, any shape; what is not zero is inside.
+        prediction: mask P of the same shape.
+
+    Returns:
+        A fraction 0..1. Both masks empty: NaN, for there is nothing to agree on. One empty: 0.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    truth, prediction = as_masks(truth, prediction)
+    total = np.count_nonzero(truth) + np.count_nonzero(prediction)
+    if total == 0:
+        return float("nan")
+    return 2.0 * np.count_nonzero(truth & prediction) / total
+
+
+def as_masks(
+    truth: Array | np.ndarray, prediction: Array | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns both masks as boolean numpy arrays.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    truth, prediction = as_mask(truth), as_mask(prediction)
+    if truth.shape != prediction.shape:
+        raise ValueError(
+            f"truth has shape {truth.shape} and prediction {prediction.shape}. Both masks must lie"
+            " on the same grid"
+        )
+    return truth, prediction
+
+
+def as_mask(mask: Array | np.ndarray) -> np.ndarray:
+    """Returns a mask as a boolean numpy array, without a copy where it is one already."""
+    mask = np.asarray(mask)
+    return mask if mask.dtype == bool else mask != 0
