@@ -1,0 +1,64 @@
+"""Segmentation networks, found by the name of their module."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from tumorjax.errors import UserError
+
+NETWORKS = ("resenc_unet",)
+
+
+def create(name: str, **settings) -> nnx.Module:
+    """Returns the network `name` with initial weights.
+
+    Args:
+        name: one of `NETWORKS`.
+        settings: those of the network's own `create`, for instance classes, widths, blocks,
+            deep_supervision, remat, seed, and dtype ("float32", "bfloat16" or a dtype).
+
+    Returns:
+        model(x [b, x, y, z, 1]) -> logits [b, x, y, z, classes], float32, or with deep
+        supervision a list of them, finest first.
+
+    Raises:
+        UserError: the network or one of its settings is unknown or does not fit.
+    """
+    if name not in NETWORKS:
+        raise UserError(f"model.name is {name!r}. Expected one of {', '.join(NETWORKS)}")
+    if isinstance(settings.get("dtype"), str):
+        settings["dtype"] = jnp.dtype(settings["dtype"])
+    module = importlib.import_module(f"tumorjax.models.{name}")
+    known = module.SETTINGS
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise UserError(
+            f"model {name} has no setting {', '.join(unknown)}. Expected some of {', '.join(known)}"
+        )
+    return module.create(**settings)
+
+
+def functional(
+    model: nnx.Module,
+) -> tuple[Callable[[dict[str, Array], Array], Any], dict[str, Array]]:
+    """Splits a network into a pure function and its parameters.
+
+    Returns:
+        apply: apply(parameters, x) -> what model(x) returns.
+        parameters: name -> array, for instance "encoder.0.blocks.0.conv1.conv.kernel". The names
+            are those that checkpoints, sharding rules and weight import go by.
+    """
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    paths = {".".join(str(part) for part in path): path for path, _ in flat}
+    parameters = {name: variable[...] for name, (_, variable) in zip(paths, flat, strict=True)}
+
+    def apply(parameters: dict[str, Array], x: Array) -> Any:
+        values = [(path, nnx.Param(parameters[name])) for name, path in paths.items()]
+        return nnx.merge(graph, nnx.from_flat_state(values))(x)
+
+    return apply, parameters

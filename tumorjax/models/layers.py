@@ -1,0 +1,128 @@
+"""Building blocks of the segmentation networks. Arrays are [b, x, y, z, c]."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tumorjax.models.convolution import convolution, transposed_convolution
+
+LEAKY_SLOPE = 0.01
+
+
+def he_normal(key: Array, shape: tuple[int, ...]) -> Array:
+    """nnU-Net's initial weights: He's normal for a leaky ReLU of slope 0.01."""
+    fan_in = shape[0] * shape[1] * shape[2] * shape[3]
+    return jax.random.normal(key, shape) * (2 / ((1 + LEAKY_SLOPE**2) * fan_in)) ** 0.5
+
+
+class Conv(nnx.Module):
+    """Convolution with padding size // 2. Parameters are float32, operands `dtype`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        *,
+        bias: bool = True,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        size, stride = triple(size), triple(stride)
+        self.kernel = nnx.Param(he_normal(rngs.params(), (*size, in_channels, out_channels)))
+        self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
+        self.stride = stride
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 d"]:
+        y = convolution(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class TransposedConv(nnx.Module):
+    """Transposed convolution whose kernel is its stride."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int | tuple[int, int, int],
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = (*triple(stride), in_channels, out_channels)
+        # PyTorch counts the fan of a transposed kernel over its outputs; nnU-Net inherits that.
+        fan_shape = (*shape[:3], out_channels, in_channels)
+        self.kernel = nnx.Param(jnp.swapaxes(he_normal(rngs.params(), fan_shape), 3, 4))
+        self.bias = nnx.Param(jnp.zeros(out_channels))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 d"]:
+        y = transposed_convolution(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y + self.bias[...].astype(self.dtype)
+
+
+class InstanceNorm(nnx.Module):
+    """Normalises each channel of each sample over its voxels, in float32, with scale and bias."""
+
+    def __init__(self, channels: int, *, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x y z c"]:
+        y = x.astype(jnp.float32)
+        mean = y.mean(axis=(1, 2, 3), keepdims=True)
+        variance = jnp.square(y - mean).mean(axis=(1, 2, 3), keepdims=True)
+        gain = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
+        return ((y - mean) * gain + self.bias[...]).astype(x.dtype)
+
+
+class ConvNormAct(nnx.Module):
+    """Convolution, instance norm and, unless it is the last of a residual block, leaky ReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        *,
+        bias: bool = True,
+        act: bool = True,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = Conv(in_channels, out_channels, size, stride, bias=bias, dtype=dtype, rngs=rngs)
+        self.norm = InstanceNorm(out_channels)
+        self.act = act
+
+    def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 d"]:
+        y = self.norm(self.conv(x))
+        return leaky_relu(y) if self.act else y
+
+
+def leaky_relu(x: Array) -> Array:
+    """Leaky ReLU with nnU-Net's slope of 0.01."""
+    return jnp.where(x >= 0, x, LEAKY_SLOPE * x)
+
+
+def average_pool(
+    x: Float[Array, "b x y z c"], size: tuple[int, int, int]
+) -> Float[Array, "b x2 y2 z2 c"]:
+    """Means over blocks of `size` voxels; what does not fill a block is dropped, as in PyTorch."""
+    b, *shape, c = x.shape
+    fit = [n // s for n, s in zip(shape, size, strict=True)]
+    x = x[:, : fit[0] * size[0], : fit[1] * size[1], : fit[2] * size[2]]
+    return x.reshape(b, fit[0], size[0], fit[1], size[1], fit[2], size[2], c).mean(axis=(2, 4, 6))
+
+
+def triple(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns the value for the three axes."""
+    if isinstance(value, int):
+        return (value, value, value)
+    x, y, z = value
+    return (int(x), int(y), int(z))

@@ -1,0 +1,139 @@
+"""Checkpoints (Orbax), and trained networks for use.
+
+A training's folder holds config.json (all that is needed to build the network) and
+checkpoints/STEP/. Orbax writes aside and renames, so a killed save is never read. Nothing in a
+checkpoint is executed when it is read.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from tumorjax import models
+from tumorjax.anatomy import class_table
+from tumorjax.errors import UserError
+
+
+def open_manager(folder: Path, keep: int = 1) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a training; the newest `keep` stay."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: Any, position: int) -> None:
+    """Saves the state with the loader's position (batches taken), in the background."""
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave({"position": position})
+        ),
+    )
+
+
+def restore_newest(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, int] | None:
+    """Returns the newest state, laid out as `like`, and the loader's position; None without one.
+
+    Raises:
+        UserError: the checkpoint is of another network.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return None
+    _check_same(manager, step, like)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), loader=ocp.args.JsonRestore()
+        ),
+    )
+    return restored["state"], restored["loader"]["position"]
+
+
+def load_model(folder: str | Path, step: int | None = None) -> tuple[jax.tree_util.Partial, Any]:
+    """Loads a trained network.
+
+    Args:
+        folder: of a cell or of a segmentation job: config.json and checkpoints/.
+        step: which checkpoint; None for the newest.
+
+    Returns:
+        apply: apply(x [b, x, y, z, 1]) -> logits [b, x, y, z, classes + 1]. It is a pytree that
+            holds the weights, so a jitted function that takes it is compiled once for all
+            networks of one architecture.
+        config: of the training, for the task, the patch size and the grid.
+
+    Raises:
+        UserError: the folder has no configuration or no checkpoint, or they do not belong
+            together.
+    """
+    folder = Path(folder)
+    try:
+        config = ConfigDict(json.loads((folder / "config.json").read_text()))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: no config.json. Give the folder of a cell or of a segmentation job"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: not readable ({error})") from error
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: no checkpoints. Was its training finished?")
+    apply, parameters = models.functional(build_model(config, deep_supervision=False))
+    with open_manager(folder) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None or step not in manager.all_steps():
+            raise UserError(f"{folder}: no checkpoint {'' if step is None else step}. Train first")
+        _check_same(manager, step, {"parameters": parameters})
+        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    loaded = {name: jnp.asarray(restored["state"]["parameters"][name]) for name in parameters}
+    return jax.tree_util.Partial(apply, loaded), config
+
+
+def build_model(config: Any, *, deep_supervision: bool, seed: int = 0) -> Any:
+    """Builds the network of a training's configuration."""
+    class_table(config.task.classes)
+    settings = {key: value for key, value in config.model.items() if key != "name"}
+    settings["dtype"] = compute_dtype(settings.get("dtype", "auto"))
+    return models.create(
+        config.model.name,
+        classes=len(config.task.classes) + 1,
+        deep_supervision=deep_supervision,
+        seed=seed,
+        **settings,
+    )
+
+
+def compute_dtype(name: str) -> str:
+    """bfloat16 on accelerators and float32 on CPU, unless the config names one."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _check_same(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> None:
+    saved = manager.item_metadata(step)["state"]
+    saved = getattr(saved, "tree", saved)["parameters"]
+    wanted = like["parameters"]
+    differences = [
+        f"{name} {'x'.join(map(str, _shape(saved, name))) or 'missing'} in the checkpoint,"
+        f" {'x'.join(map(str, _shape(wanted, name))) or 'missing'} in the config"
+        for name in sorted(set(saved) | set(wanted))
+        if _shape(saved, name) != _shape(wanted, name)
+    ]
+    if differences:
+        raise UserError(
+            f"{manager.directory}: checkpoint of another network ({len(differences)} parameters"
+            f" differ, first {differences[0]}). Use its own config, or another workdir"
+        )
+
+
+def _shape(tree: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    value = tree.get(name)
+    return () if value is None else tuple(np.shape(value) or value.shape)

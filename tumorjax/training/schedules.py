@@ -1,0 +1,41 @@
+"""Optimizers and learning rates, by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from tumorjax.errors import UserError
+
+
+def learning_rate(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step.
+
+    Args:
+        settings: schedule "poly" (nnU-Net's: (1 - progress)^power, constant within an epoch of
+            `epoch_steps`) or "warmup_cosine" (`warmup` is a share of the steps), and learning_rate.
+        steps: length of the training.
+    """
+    peak, name = settings["learning_rate"], settings["schedule"]
+    if name == "poly":
+        epoch_steps, power = settings["epoch_steps"], settings["power"]
+        epochs = max(1, -(-steps // epoch_steps))
+        return lambda step: peak * (1 - (step // epoch_steps) / epochs) ** power
+    if name == "warmup_cosine":
+        warmup = max(1, round(steps * settings["warmup"]))
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+    raise UserError(f"training.schedule is {name!r}. Expected poly or warmup_cosine")
+
+
+def optimizer(settings: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum as nnU-Net uses it, the gradient's norm clipped first.
+
+    Args:
+        settings: learning_rate, schedule, momentum, weight_decay and clip (global norm).
+        steps: length of the training.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(settings["clip"]),
+        optax.add_decayed_weights(settings["weight_decay"]),
+        optax.sgd(learning_rate(settings, steps), settings["momentum"], nesterov=True),
+    )

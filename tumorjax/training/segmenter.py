@@ -1,0 +1,226 @@
+"""Trains a segmenter: the step, and the job that trains one on a whole store."""
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from tumorjax import models, parallel
+from tumorjax.anatomy import mirror_table
+from tumorjax.clock import Clock
+from tumorjax.data import augmentation, crops
+from tumorjax.errors import UserError
+from tumorjax.files import write_json_atomic
+from tumorjax.training import checkpoints, loop, losses, schedules
+from tumorjax.volumes import Store, open_store
+
+SECTIONS = ("seed", "task", "preparation", "model", "training", "augmentation", "inference", "mesh")
+
+
+class Segmenter(NamedTuple):
+    """What training a network needs, made once for all trainings of one configuration.
+
+    Attributes:
+        init: seed -> initial state on the mesh.
+        step: (state, batch) -> (state, scalars); jitted, takes the state over.
+        apply: (parameters, x) -> logits of the finest level.
+    """
+
+    init: Callable[[int], dict[str, Any]]
+    step: loop.Step
+    apply: Callable[[dict[str, Array], Array], Array]
+
+
+def section(config: ConfigDict) -> dict[str, Any]:
+    """Returns the part of a job's configuration that a training depends on, as plain JSON."""
+    return {
+        name: json.loads(config[name].to_json_best_effort())
+        if isinstance(config[name], ConfigDict)
+        else config[name]
+        for name in SECTIONS
+    }
+
+
+def make_segmenter(config: ConfigDict, mesh: Mesh) -> Segmenter:
+    """Returns the compiled pieces for a configuration; equal ones share them."""
+    plain = section(config)
+    plain.pop("seed")
+    return _make_segmenter(json.dumps(plain), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
+    config = ConfigDict(json.loads(text))
+    training = config.training
+    network = checkpoints.build_model(config, deep_supervision=training.deep_supervision)
+    apply_levels, parameters = models.functional(network)
+    apply, _ = models.functional(checkpoints.build_model(config, deep_supervision=False))
+    update = schedules.optimizer(training, training.steps)
+    rate = schedules.learning_rate(training, training.steps)
+    # Refused before anything trains where the task knows only one side of a pair.
+    mirrored = jnp.arange(len(config.task.classes) + 1, dtype=jnp.uint8)
+    if 0 in tuple(config.augmentation.mirror.axes):
+        mirrored = jnp.asarray(mirror_table(config.task.classes))
+    classes = list(config.task.classes)
+    patch = tuple(training.patch_size)
+
+    def init(seed: int) -> dict[str, Any]:
+        model = checkpoints.build_model(config, deep_supervision=True, seed=seed)
+        values = models.functional(model)[1]
+        state = {
+            "parameters": values,
+            "optimizer": update.init(values),
+            "step": jnp.zeros((), jnp.int32),
+            "key": jax.random.key_data(jax.random.key(seed)),
+        }
+        return jax.device_put(state, parallel.state_shardings(mesh, state))
+
+    def step(state: dict[str, Any], batch: dict[str, Array]):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+        image, label = augmentation.augment(
+            key, batch["image"], batch["label"], config.augmentation, mirrored, patch
+        )
+        label = label.astype(jnp.int32)
+
+        def loss_of(values):
+            logits = apply_levels(values, image)
+            loss = losses.segmentation_loss(logits, label, batch_dice=training.batch_dice)
+            return loss, logits[0] if isinstance(logits, list) else logits
+
+        (loss, logits), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["parameters"])
+        changes, optimizer = update.update(gradient, state["optimizer"], state["parameters"])
+        values = jax.tree.map(jnp.add, state["parameters"], changes)
+        scalars = {"loss": loss, "learning_rate": jnp.asarray(rate(state["step"]))}
+        dice = losses.dice_per_class(logits, label)
+        scalars |= {f"dice_{name}": dice[index] for index, name in enumerate(classes)}
+        new = {"parameters": values, "optimizer": optimizer, "step": state["step"] + 1}
+        return new | {"key": state["key"]}, scalars
+
+    def abstract() -> dict[str, Any]:
+        return {
+            "parameters": parameters,
+            "optimizer": jax.eval_shape(update.init, parameters),
+            "step": jax.ShapeDtypeStruct((), jnp.int32),
+            "key": jax.ShapeDtypeStruct((2,), jnp.uint32),
+        }
+
+    shardings = parallel.state_shardings(mesh, abstract())
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, parallel.batch_sharding(mesh)),
+        out_shardings=(shardings, parallel.replicated(mesh)),
+    )
+    return Segmenter(init, jitted, apply)
+
+
+def train_segmenter(
+    config: ConfigDict,
+    sources: Sequence[tuple[Store, str]],
+    folder: Path,
+    mesh: Mesh,
+    *,
+    clock: Clock,
+    progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None,
+) -> jax.tree_util.Partial:
+    """Trains a network on the given scans, or goes on where that was stopped.
+
+    Args:
+        config: with the sections of `SECTIONS`; config.seed decides weights, crops and
+            augmentation.
+        sources: (store, case) of each training scan.
+        folder: gets config.json, checkpoints/ and metrics.csv.
+        mesh: of the devices to train on.
+        clock: gets the phases "load" and "train".
+        progress: called with each row of the training curve.
+
+    Returns:
+        apply(x [b, x, y, z, 1]) -> logits, as `checkpoints.load_model` gives it.
+    """
+    training = config.training
+    if training.batch_size % jax.process_count():
+        raise UserError(
+            f"training.batch_size {training.batch_size} does not divide over"
+            f" {jax.process_count()} processes. Choose a multiple"
+        )
+    if jax.process_index() == 0:
+        write_json_atomic(folder / "config.json", section(config))
+    segmenter = make_segmenter(config, mesh)
+    state = segmenter.init(config.seed)
+
+    def batches_from(position: int):
+        return crops.loader(
+            sources,
+            config.task.classes,
+            augmentation.source_patch(tuple(training.patch_size), config.augmentation),
+            training.batch_size,
+            training.foreground,
+            config.seed,
+            start=position,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=training.loader_threads,
+        )
+
+    state = loop.train(
+        folder,
+        state,
+        segmenter.step,
+        batches_from,
+        mesh=mesh,
+        steps=training.steps,
+        save_every=training.save_every,
+        log_every=training.log_every,
+        clock=clock,
+        progress=progress,
+    )
+    return jax.tree_util.Partial(segmenter.apply, state["parameters"])
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    """The job "segmentation": trains one segmenter on the cases of a store."""
+    done = workdir / "done.json"
+    parallel.start_processes(config.processes)
+    if not config.data.store:
+        raise UserError("data.store is empty. Give the store that the preparation job wrote")
+    store = open_store(config.data.store)
+    cases = list(config.data.cases) or store.cases
+    missing = sorted(set(cases) - set(store.cases))
+    if missing or not cases:
+        raise UserError(
+            f"{config.data.store}: {len(store.cases)} cases, without {', '.join(missing[:5])}."
+            " Prepare them, or correct data.cases"
+        )
+    if done.is_file() and json.loads(done.read_text()) == section(config) | {"cases": cases}:
+        print(f"{workdir}: already finished")
+        return 0
+    clock = Clock()
+    mesh = parallel.make_mesh(config.mesh)
+    with tqdm(total=config.training.steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(step: int, row: Mapping[str, float]) -> None:
+            bar.update(step - bar.n)
+            dice = np.nanmean([v for k, v in row.items() if k.startswith("dice_")] or [np.nan])
+            logging.info("step %d loss %.3f dice %.2f", step, row["loss"], dice)
+
+        sources = [(store, case) for case in cases]
+        try:
+            train_segmenter(config, sources, workdir, mesh, clock=clock, progress=progress)
+        except loop.Diverged as error:
+            raise UserError(str(error)) from error
+    if jax.process_index() == 0:
+        write_json_atomic(done, section(config) | {"cases": cases})
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
+    print(f"{workdir}: trained {config.training.steps} steps ({seconds})")
+    return 0
