@@ -100,7 +100,7 @@ def match_lesions(
         hit = overlap.sum(axis=1)
         detected = (hit > 0) & (hit / np.maximum(lesion_voxels, 1) >= threshold)
         false = overlap.sum(axis=0) == 0
-    boxes = ndimage.find_objects(lesions)
+    boxes = ndimage.find_objects(lesions) if n_lesions else []
     longest = [
         longest_inplane(lesions[where] == number, spacing)
         for number, where in enumerate(boxes, start=1)
