@@ -1,0 +1,208 @@
+"""Numbers of one case: overlap, surfaces, lesions found and missed, for each tumour and for all."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from tumorjax import anatomy
+from tumorjax.evaluation.settings import complete_settings
+from tumorjax.evaluation.summary import CASE_COLUMNS
+from tumorjax.metrics.components import remove_small
+from tumorjax.metrics.detection import (
+    SIZE_GROUPS,
+    is_early,
+    match_lesions,
+    size_group,
+)
+from tumorjax.metrics.overlap import dice
+from tumorjax.metrics.surface import bounding_box, normalized_surface_dice
+
+# The class that unites all tumour classes.
+UNION = "tumor"
+
+
+def evaluate_case(
+    truth: UInt8[Array, "x y z"] | UInt8[np.ndarray, "x y z"],
+    prediction: UInt8[Array, "x y z"] | UInt8[np.ndarray, "x y z"],
+    spacing: Sequence[float],
+    classes: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Any] | None = None,
+    probabilities: Float[Array, "x y z classes"] | Float[np.ndarray, "x y z classes"] | None = None,
+    *,
+    case: str = "",
+    patient: str | None = None,
+    split: str = "",
+) -> list[dict[str, Any]]:
+    """Returns the numbers of one scan: a row for each tumour class, and one for all together.
+
+    Predicted components under the minimum size are dropped first, class by class, so that all
+    numbers speak of the same mask. A lesion of the class "tumor" is a component of all tumour
+    classes united: found under another tumour's name counts as found there.
+
+    Args:
+        truth: class indices [x, y, z], 0 is background.
+        prediction: class indices of the same shape.
+        spacing: voxel size (x, y, z), mm.
+        classes: the task: class name -> label names, in the order of the indices 1, 2, ...
+        settings: see `settings.DEFAULTS`, which fills in what is absent.
+        probabilities: [x, y, z, 1 + number of classes]; without them scores are undefined.
+        case: the case's id, for the row.
+        patient: the patient's id; None takes the case's.
+        split: id or ood, for the row.
+
+    Returns:
+        Dictionaries with `CASE_COLUMNS`. dsc and nsd are percent, score is the highest tumour
+        probability of the scan (0..1), undefined values are None. Empty if the task has no tumour.
+
+    Raises:
+        ValueError: shapes differ.
+        UserError: a setting is not usable.
+    """
+    return evaluate_tumors(
+        truth,
+        prediction,
+        spacing,
+        anatomy.tumor_classes(classes),
+        complete_settings(settings),
+        probabilities,
+        {"case": case, "patient": patient or case, "split": split},
+    )
+
+
+def evaluate_tumors(
+    truth: Array | np.ndarray,
+    prediction: Array | np.ndarray,
+    spacing: Sequence[float],
+    tumors: Mapping[str, int | Sequence[int]],
+    settings: Mapping[str, Any],
+    probabilities: Array | np.ndarray | None,
+    names: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """As `evaluate_case`, for any labels: `tumors` maps a tumour's name to its value in the masks.
+
+    A tumour may unite several values, but then there are no probabilities for it. `settings` are
+    complete, `names` are the row's case, patient and split.
+    """
+    truth, prediction = np.asarray(truth), np.asarray(prediction)
+    if truth.shape != prediction.shape:
+        raise ValueError(f"truth has shape {truth.shape}, prediction {prediction.shape}")
+    if not tumors:
+        return []
+    values = np.unique(np.hstack(list(tumors.values())))
+    score = None if probabilities is None else np.asarray(probabilities)
+    box = bounding_box(np.isin(truth, values), np.isin(prediction, values))
+    box = box or (slice(0, 0), slice(0, 0), slice(0, 0))
+    truth, prediction = truth[box], prediction[box]
+    minimum = settings["minimum_mm3"] / float(np.prod(spacing))
+
+    rows, masks = [], []
+    for name, value in tumors.items():
+        mask = remove_small(np.isin(prediction, value), minimum, settings["connectivity"])
+        row = _row(np.isin(truth, value), mask, spacing, name, settings)
+        row["score"] = None if score is None else float(score[..., value].max())
+        rows.append(row)
+        masks.append(mask)
+    if UNION not in tumors:
+        present = [row for row in rows if row["has_tumor"] or row["predicted_tumor"]]
+        tolerance = settings["tolerances_mm"]
+        if len(present) == 1 and tolerance.get(UNION) == tolerance.get(present[0]["class"]):
+            union = present[0] | {"class": UNION}
+        else:
+            predicted = np.logical_or.reduce(masks)
+            union = _row(np.isin(truth, values), predicted, spacing, UNION, settings)
+        union["score"] = (
+            None
+            if score is None
+            else float(np.add.reduce([score[..., value] for value in values]).max())
+        )
+        rows.append(union)
+    return [
+        {column: _rounded((dict(names) | row)[column]) for column in CASE_COLUMNS} for row in rows
+    ]
+
+
+def label_overlap(
+    truth: Int[np.ndarray, "x y z"],
+    prediction: Int[np.ndarray, "x y z"],
+    labels: Mapping[str, int | Sequence[int]],
+) -> dict[str, dict[str, float | int | None]]:
+    """Returns the volume overlap of every label, organs too, with nnU-Net's names and conventions.
+
+    Args:
+        truth: values 0..255 [x, y, z].
+        prediction: values of the same shape.
+        labels: label name -> its value, or the values that it unites.
+
+    Returns:
+        Label name -> Dice and IoU (fractions, None where both masks are empty) and the voxel counts
+        TP, FP, FN, TN, n_ref, n_pred.
+    """
+    counts = np.zeros(1 << 16, np.int64)
+    for plane, predicted in zip(truth, prediction, strict=True):  # numpy counts in 8-byte integers
+        pairs = (plane.astype(np.uint16) << 8) | predicted.astype(np.uint16)
+        counts += np.bincount(pairs.ravel(), minlength=1 << 16)
+    table = counts.reshape(256, 256)
+    result: dict[str, dict[str, float | int | None]] = {}
+    for name, value in labels.items():
+        values = np.unique(value)
+        both = int(table[np.ix_(values, values)].sum())
+        n_ref, n_pred = int(table[values].sum()), int(table[:, values].sum())
+        either = n_ref + n_pred - both
+        result[name] = {
+            "Dice": 2 * both / (n_ref + n_pred) if either else None,
+            "IoU": both / either if either else None,
+            "TP": both,
+            "FP": n_pred - both,
+            "FN": n_ref - both,
+            "TN": truth.size - either,
+            "n_ref": n_ref,
+            "n_pred": n_pred,
+        }
+    return result
+
+
+def _row(
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    spacing: Sequence[float],
+    name: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    match = match_lesions(
+        truth,
+        prediction,
+        spacing,
+        settings["lesion_rule"],
+        settings["lesion_threshold"],
+        settings["connectivity"],
+    )
+    early = is_early(match, settings["early_diameter"], settings["early_mm"])
+    groups = np.array([size_group(radius) for radius in match.radius_mm], dtype=object)
+    tolerance = settings["tolerances_mm"].get(name, settings["tolerance_mm"])
+    row: dict[str, Any] = {
+        "class": name,
+        "has_tumor": int(truth.any()),
+        "predicted_tumor": int(prediction.any()),
+        "dsc": 100 * dice(truth, prediction),
+        "nsd": 100 * normalized_surface_dice(truth, prediction, spacing, tolerance),
+        "n_lesions": len(match.detected),
+        "n_detected": int(match.detected.sum()),
+        "n_early": int(early.sum()),
+        "n_early_detected": int((early & match.detected).sum()),
+        "false_positives": int(match.false_positive.sum()),
+        "truth_mm3": float(match.volume_mm3.sum()),
+        "predicted_mm3": float(match.candidate_mm3.sum()),
+    }
+    for group in SIZE_GROUPS:
+        row[f"lesions_{group}"] = int((groups == group).sum())
+        row[f"detected_{group}"] = int(match.detected[groups == group].sum())
+    return row
+
+
+def _rounded(value: Any) -> Any:
+    # To the digits of cases.csv: means over rows that were read back equal those over fresh ones.
+    if isinstance(value, float):
+        return None if np.isnan(value) else round(value, 6)
+    return value
