@@ -1,0 +1,560 @@
+"""The store: prepared volumes in sharded tensorstore arrays, read crop by crop.
+
+    URL/store.json                 the settings that all cases share
+    URL/cases/CASE/case.json       the case's record, written last: without it there is no case
+    URL/cases/CASE/TOKEN/image/    zarr3, uint16, one shard
+    URL/cases/CASE/TOKEN/label/    zarr3, uint8, one shard
+    URL/cases/CASE/TOKEN/locations/  zarr3, int32 [n, 4]: label id and voxel, for foreground crops
+
+Each writing of a case has a TOKEN of its own, which the record names, so a case is replaced as a
+whole or not at all. URL is a path, or a URL of any key-value store that tensorstore knows
+(file://, gs://, s3://, memory://); the code is the same.
+
+Images are fixed-point numbers: [0, 1] in 4095 steps, kept in uint16. The largest error is half a
+step, 0.052 HU for the window of 425 HU (measured: 0.052), a tenth of that of the
+scanner's own steps of 1 HU; float16 errs by up to 0.104 HU and takes 3 % more room after compression. All 65,536
+levels would take 40 % more for no use.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import threading
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Bool, Float, Int, UInt8
+from scipy import ndimage
+
+from tumorjax import anatomy
+from tumorjax.errors import CaseError, UserError
+from tumorjax.files import check_case_id
+from tumorjax.metrics.components import label_components
+from tumorjax.metrics.detection import longest_inplane, sphere_radius
+
+VERSION = 1
+LEVELS = 4095
+# Voxels of each label that foreground crops can be centred on.
+MAX_LOCATIONS = 2000
+
+# Inner chunks of 32^3. Measured on an abdominal CT at 1.5 mm (244x202x224, 9.1 MB compressed), 96^3
+# crops at random places (raw 1.77 MB): chunks of 16^3 read 1.6 MB a crop in up to 343 pieces, 24^3
+# 1.8 MB in 125, 32^3 2.1 MB in 64, 48^3 2.7 MB in 27, 64^3 3.7 MB in 27; 48^3 crops: 0.35, 0.41,
+# 0.49, 0.80 and 0.97 MB. 32^3 reads few bytes too many and still costs an object store few requests.
+CHUNK = 32
+# zstd at level 1 with byte shuffle: 9.5 MB in a quarter of the time that level 5 needs for 9.1; with
+# bits shuffled 9.7, lz4 11.2. The CRC makes a flipped bit an error when it is read, not an odd voxel.
+_CODECS = (
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle"}},
+    {"name": "crc32c"},
+)
+_ARRAYS = ("image", "label", "locations")
+
+# One for the process: shard indices and the last chunks stay in memory, and files written once
+# under a token never change, so they are not looked at again.
+_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64_000_000}})
+
+Kind = Literal["image", "label"]
+
+
+class Store:
+    """A store that is open for reading. Threads may share it; it may be pickled.
+
+    Attributes:
+        url: where it lies.
+        settings: how its cases were prepared, from store.json.
+    """
+
+    def __init__(self, url: str | os.PathLike):
+        self.url = str(url)
+        self._values = _open_values(self.url)
+        found = self._values.read("store.json").result()
+        if found.state != "value":
+            raise UserError(
+                f"{self.url}: no store (store.json is missing). Give the folder or URL that"
+                " configs/preparation.py wrote to"
+            )
+        self.settings: dict[str, Any] = _parse_settings(self.url, found.value)
+        self._records: dict[str, dict[str, Any]] = {}
+        self._arrays: dict[tuple[str, str], ts.TensorStore] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return type(self), (self.url,)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    @property
+    def cases(self) -> list[str]:
+        """The ids of the cases that are there as a whole, sorted; looked up anew each time."""
+        start, end = "cases/", "/case.json"
+        cases = []
+        for key in _list(self._values, start):
+            case = key[len(start) : -len(end)]
+            if key.endswith(end) and "/" not in case:
+                cases.append(case)
+        return sorted(cases)
+
+    def record(self, case: str) -> dict[str, Any]:
+        """Returns a case's record: geometry, labels, tumours, source, checksums.
+
+        Raises:
+            CaseError: there is no such case, or its record cannot be read.
+        """
+        with self._lock:
+            if case in self._records:
+                return self._records[case]
+        record = _read_record(self._values, self.url, check_case_id(case))
+        with self._lock:
+            return self._records.setdefault(case, record)
+
+    def read(
+        self, case: str, kind: Kind, slices: Sequence[slice] | None = None
+    ) -> Float[np.ndarray, "x y z"] | UInt8[np.ndarray, "x y z"]:
+        """Reads a case's volume or a crop of it; only the chunks that it touches are read.
+
+        Args:
+            case: its id.
+            kind: "image" or "label".
+            slices: the crop, as for a numpy array; the whole volume by default.
+
+        Returns:
+            float32 image in [0, 1], or uint8 labels with the ids of `anatomy`.
+
+        Raises:
+            CaseError: there is no such case, or its data is damaged.
+        """
+        if kind not in ("image", "label"):
+            raise UserError(f"volume {kind!r} is unknown. Expected image or label")
+        handle = self._array(case, kind)
+        if slices is not None:
+            if len(slices) != 3:
+                raise UserError(f"a crop needs three slices, got {len(slices)}")
+            sides = zip(slices, handle.shape, strict=True)
+            # tensorstore has no negative indices and refuses what lies outside.
+            ranges = [slice(*side.indices(length)) for side, length in sides]
+            if any(r.stop <= r.start for r in ranges):
+                shape = [max(0, r.stop - r.start) for r in ranges]
+                return np.zeros(shape, np.float32 if kind == "image" else np.uint8)
+            handle = handle[tuple(ranges)]
+        values = _read_array(handle, case)
+        if kind == "label":
+            return values
+        return np.multiply(values, np.float32(1 / LEVELS), dtype=np.float32)
+
+    def locations(self, case: str) -> dict[int, Int[np.ndarray, "n 3"]]:
+        """Returns label id -> int32 voxels [n, 3] of that label, at most `MAX_LOCATIONS` of each.
+
+        They were drawn at random when the case was written, and are always the same.
+        """
+        table = _read_array(self._array(case, "locations"), case)
+        return {int(label): table[table[:, 0] == label, 1:] for label in np.unique(table[:, 0])}
+
+    def verify(self, cases: Iterable[str] | None = None) -> list[tuple[str, str]]:
+        """Compares what is stored with its checksums, byte for byte.
+
+        Returns:
+            (case, problem) for each case that is damaged; none for a sound store.
+        """
+        problems = []
+        for case in self.cases if cases is None else cases:
+            try:
+                record = _read_record(self._values, self.url, check_case_id(case))
+                sums = _checksums(self._values, record)
+            except (CaseError, ValueError) as error:
+                problems.append((case, f"cannot be read: {error}"))
+                continue
+            damaged = [name for name in _ARRAYS if sums[name] != record["checksum"][name]]
+            if damaged:
+                problems.append((case, f"{' and '.join(damaged)} differ from the checksum"))
+        return problems
+
+    def _array(self, case: str, kind: str) -> ts.TensorStore:
+        key = (case, kind)
+        with self._lock:
+            handle = self._arrays.get(key)
+        if handle is None:
+            values = self._values / f"cases/{case}/{self.record(case)['token']}/{kind}/"
+            spec = {"driver": "zarr3", "kvstore": values.spec(), "recheck_cached_data": False}
+            try:
+                handle = ts.open(spec, open=True, read=True, context=_CONTEXT).result()
+            except ValueError as error:
+                raise _damaged(case, error) from error
+            with self._lock:
+                handle = self._arrays.setdefault(key, handle)
+        return handle
+
+
+def open_store(url: str | os.PathLike) -> Store:
+    """Opens a store for reading.
+
+    Args:
+        url: a path, or a file://, gs://, s3:// or memory:// URL.
+
+    Raises:
+        UserError: there is no store, or it is of another version.
+    """
+    return Store(url)
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def create_store(url: str | os.PathLike, settings: Mapping[str, Any] | None) -> Store:
+    """Opens a store for cases of these settings, and makes it if there is none.
+
+    Args:
+        url: see `open_store`.
+        settings: how the cases are prepared; None takes those of the store that is there.
+
+    Raises:
+        UserError: the store there was made with other settings (they are named), or there is none
+            and no settings were given.
+    """
+    values = _open_values(str(url))
+    found = values.read("store.json").result()
+    if found.state != "value":
+        if settings is None:
+            raise UserError(f"{url}: no store, and no settings to make one with. Give settings")
+        text = _canonical({"version": VERSION, "settings": settings})
+        try:
+            values.write("store.json", text).result()
+        except Exception as error:
+            if not _is_full(error):
+                raise
+            raise UserError(
+                f"{url}: no space left to make a store. Free some, or give another folder"
+            ) from error
+    elif settings is not None:
+        there = _parse_settings(str(url), found.value)
+        wanted = json.loads(_canonical(settings))
+        differ = _differences(there, wanted)
+        if differ:
+            raise UserError(
+                f"{url}: the store was made with other settings ({'; '.join(differ)}). Give the"
+                " same settings, or another folder for the new store"
+            )
+    return Store(url)
+
+
+def write_case(
+    url: str | os.PathLike,
+    case: str,
+    image: Float[np.ndarray, "x y z"],
+    label: UInt8[np.ndarray, "x y z"],
+    spacing: Sequence[float],
+    meta: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes one case, or replaces it, as a whole or not at all.
+
+    Args:
+        url: the store; made if it is not there.
+        case: id, safe as a folder's name.
+        image: float [x, y, z] in [0, 1], RAS+.
+        label: uint8 [x, y, z], ids of `anatomy`.
+        spacing: voxel size (x, y, z), mm.
+        meta: what the record holds besides: patient, site, source, original, source_hash,
+            synthetic. Patient is the case and site the source where they are not given.
+        settings: the store's; None takes those that it has, or none for a new one.
+
+    Returns:
+        The record, as `Store.record` gives it.
+
+    Raises:
+        CaseError: image or label do not suit, or the case cannot be written; nothing of it stays.
+        UserError: the id is unusable, or the store was made with other settings.
+    """
+    check_case_id(case)
+    image, label = np.asarray(image), np.asarray(label)
+    _check_volumes(case, image, label, spacing)
+    root = _open_values(str(url))
+    if settings is None and root.read("store.json").result().state != "value":
+        settings = {}
+    create_store(url, settings)
+    token = uuid.uuid4().hex[:12]
+    prefix = f"cases/{case}/{token}/"
+    try:
+        levels = np.multiply(image, np.float32(LEVELS), dtype=np.float32)
+        _write_array(root, f"{prefix}image/", np.rint(levels, out=levels).astype(np.uint16))
+        del levels
+        _write_array(root, f"{prefix}label/", label)
+        _write_array(root, f"{prefix}locations/", _draw_locations(case, label))
+        record = _make_record(case, label, spacing, meta or {}, token)
+        record["checksum"] = _checksums(root, record)
+        record["checksum"]["record"] = _record_checksum(record)
+        root.write(f"cases/{case}/case.json", _canonical(record)).result()
+    except BaseException as error:
+        _remove(root, prefix)
+        if _is_full(error):
+            raise CaseError(
+                case,
+                f"no space left in {url}, nothing of the case was kept",
+                "Free some space and run again; what is finished stays",
+            ) from error
+        raise
+    # What an earlier or interrupted writing left.
+    for key in _list(root, f"cases/{case}/"):
+        if not key.startswith(prefix) and not key.endswith("/case.json"):
+            root.write(key, None).result()
+    return record
+
+
+def tumor_instances(
+    label: UInt8[np.ndarray, "x y z"], spacing: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Measures each tumour: a 26-connected component of one tumour class.
+
+    Args:
+        label: uint8 [x, y, z], ids of `anatomy`.
+        spacing: voxel size (x, y, z), mm.
+
+    Returns:
+        One dictionary a tumour, by class and size (largest first): class, voxels, volume_mm3,
+        radius_mm (of the sphere of that volume), longest_inplane_mm (axial, as in RECIST), center
+        (voxel; mean of its voxels).
+    """
+    tumors: list[dict[str, Any]] = []
+    voxel = float(np.prod(spacing))
+    for name, number in anatomy.TUMORS.items():
+        components, count = label_components(label == number)
+        found: list[dict[str, Any]] = []
+        for index, box in enumerate(ndimage.find_objects(components), start=1):
+            mask: Bool[np.ndarray, "a b c"] = components[box] == index
+            where = np.argwhere(mask)
+            center = where.mean(axis=0) + [side.start for side in box]
+            found.append(
+                {
+                    "class": name,
+                    "voxels": len(where),
+                    "volume_mm3": round(len(where) * voxel, 3),
+                    "radius_mm": round(float(sphere_radius(len(where) * voxel)), 3),
+                    "longest_inplane_mm": round(float(longest_inplane(mask, spacing)), 3),
+                    "center": [round(float(c), 2) for c in center],
+                }
+            )
+        tumors += sorted(found, key=lambda tumor: (-tumor["voxels"], tumor["center"]))
+    return tumors
+
+
+def _check_volumes(
+    case: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float]
+) -> None:
+    if image.ndim != 3 or image.shape != label.shape or not image.size:
+        raise CaseError(
+            case,
+            f"image has shape {image.shape} and label {label.shape}; expected both [x, y, z]",
+            "Write image and label of one grid",
+        )
+    low, high = float(image.min()), float(image.max())
+    # A NaN makes both comparisons false. Rounding may leave [0, 1] by a little.
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise CaseError(
+            case, f"image values {low:g} to {high:g}; expected 0 to 1", "Clip and scale it first"
+        )
+    if label.dtype != np.uint8 or label.max() > max(anatomy.NAMES):
+        raise CaseError(
+            case,
+            f"labels are {label.dtype} up to {label.max()}; expected uint8 up to"
+            f" {max(anatomy.NAMES)}",
+            "Map them to the ids of tumorjax.anatomy",
+        )
+    if len(spacing) != 3 or not (np.isfinite(spacing).all() and min(spacing) > 0):
+        raise CaseError(case, f"spacing {spacing}", "Give three positive numbers in mm")
+
+
+def _make_record(
+    case: str,
+    label: UInt8[np.ndarray, "x y z"],
+    spacing: Sequence[float],
+    meta: Mapping[str, Any],
+    token: str,
+) -> dict[str, Any]:
+    present = np.flatnonzero(np.bincount(label.ravel(order="K"), minlength=1))
+    record: dict[str, Any] = {
+        "case": case,
+        "patient": case,
+        "source": "",
+        "original": None,
+        "source_hash": {},
+        "synthetic": None,
+    }
+    record |= {key: value for key, value in meta.items() if value is not None}
+    record.setdefault("site", record["source"])
+    record |= {
+        "token": token,
+        "shape": [int(n) for n in label.shape],
+        "spacing": [float(s) for s in spacing],
+        "labels": [anatomy.NAMES[int(number)] for number in present if number],
+        "tumors": tumor_instances(label, spacing),
+    }
+    # As it will be read back: lists for tuples, text for keys.
+    return json.loads(_canonical(record))
+
+
+def _draw_locations(case: str, label: UInt8[np.ndarray, "x y z"]) -> Int[np.ndarray, "n 4"]:
+    """Draws up to `MAX_LOCATIONS` voxels of each label, seeded by the case's id."""
+    seed = int.from_bytes(hashlib.sha256(case.encode()).digest()[:8], "little")
+    rng = np.random.default_rng(seed)
+    rows = []
+    # Sorting all foreground once is cheaper than one pass over the volume for each label.
+    flat = np.ascontiguousarray(label).ravel()
+    foreground = np.flatnonzero(flat)
+    numbers = flat[foreground]
+    for number in np.unique(numbers):
+        voxels = foreground[numbers == number]
+        if len(voxels) > MAX_LOCATIONS:
+            voxels = np.sort(rng.choice(voxels, MAX_LOCATIONS, replace=False))
+        place = np.stack(np.unravel_index(voxels, label.shape), axis=1)
+        rows.append(np.concatenate([np.full((len(place), 1), number), place], axis=1))
+    return np.concatenate(rows or [np.zeros((0, 4))]).astype(np.int32)
+
+
+# ---------------------------------------------------------------------------- arrays and values
+
+
+def _write_array(root: ts.KvStore, prefix: str, values: np.ndarray) -> None:
+    """Writes an array as one zarr3 shard."""
+    if values.ndim == 3:
+        inner = [min(CHUNK, n) for n in values.shape]
+    else:
+        inner = [max(1, n) for n in values.shape]
+    shard = [max(1, -(-n // c)) * c for n, c in zip(values.shape, inner, strict=True)]
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (root / prefix).spec(),
+        "metadata": {
+            "shape": list(values.shape),
+            "data_type": values.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {"chunk_shape": inner, "codecs": list(_CODECS)},
+                }
+            ],
+        },
+    }
+    ts.open(spec, create=True, context=_CONTEXT).result().write(values).result()
+
+
+def _read_array(handle: ts.TensorStore, case: str) -> np.ndarray:
+    try:
+        return handle.read().result()
+    except (ValueError, OSError) as error:
+        raise _damaged(case, error) from error
+
+
+def _damaged(case: str, error: Exception) -> CaseError:
+    return CaseError(
+        case,
+        f"its stored data is missing or damaged ({str(error).splitlines()[0][:200]})",
+        "Run the preparation again on this case",
+    )
+
+
+def _open_values(url: str) -> ts.KvStore:
+    """Opens a path or URL as a key-value store, each key below it."""
+    parts = urlsplit(url)
+    if parts.scheme in ("", "file"):
+        # Given as a path, so that no character of it needs an escape.
+        path = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
+        return ts.KvStore.open({"driver": "file", "path": f"{path}/"}, context=_CONTEXT).result()
+    try:
+        return ts.KvStore.open(f"{url.rstrip('/')}/", context=_CONTEXT).result()
+    except ValueError as error:
+        raise UserError(
+            f"{url}: not a path or a URL that tensorstore knows (file://, gs://, s3://)"
+        ) from error
+
+
+def _list(root: ts.KvStore, prefix: str) -> list[str]:
+    """Returns the keys that start with a prefix."""
+    # "0" is the character after "/".
+    keys = root.list(ts.KvStore.KeyRange(prefix, f"{prefix[:-1]}0")).result()
+    return sorted(key.decode() for key in keys)
+
+
+def _remove(root: ts.KvStore, prefix: str) -> None:
+    for key in _list(root, prefix):
+        root.write(key, None).result()
+
+
+def _canonical(value: Any) -> bytes:
+    """Returns JSON of which each byte is determined by the value."""
+    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _record_checksum(record: Mapping[str, Any]) -> str:
+    sums = {key: value for key, value in record["checksum"].items() if key != "record"}
+    return hashlib.sha256(_canonical({**record, "checksum": sums})).hexdigest()
+
+
+def _checksums(root: ts.KvStore, record: Mapping[str, Any]) -> dict[str, str]:
+    """Returns array -> SHA-256 over the names and bytes of all that is stored of it."""
+    sums = {}
+    for name in _ARRAYS:
+        prefix = f"cases/{record['case']}/{record['token']}/{name}/"
+        digest = hashlib.sha256()
+        for key in _list(root, prefix):
+            value = root.read(key).result().value
+            digest.update(f"{key.removeprefix(prefix)}:{len(value)}:".encode())
+            digest.update(value)
+        sums[name] = digest.hexdigest()
+    return sums
+
+
+def _read_record(root: ts.KvStore, url: str, case: str) -> dict[str, Any]:
+    found = root.read(f"cases/{case}/case.json").result()
+    if found.state != "value":
+        raise CaseError(case, f"not in the store {url}", "Prepare it first")
+    try:
+        record = json.loads(found.value)
+        sound = found.value == _canonical(record) and record["case"] == case
+        sound = sound and _record_checksum(record) == record["checksum"]["record"]
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CaseError(
+            case,
+            f"its record case.json in {url} is damaged",
+            "Run the preparation again on this case",
+        )
+    return record
+
+
+def _parse_settings(url: str, text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+        version, settings = content["version"], content["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{url}: store.json is damaged. Prepare the store anew") from error
+    if version != VERSION:
+        raise UserError(
+            f"{url}: the store has version {version}, expected {VERSION}. Prepare it anew"
+        )
+    return settings
+
+
+def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} is {json.dumps(there.get(key))} there and {json.dumps(wanted.get(key))} now"
+        for key in sorted(set(there) | set(wanted))
+        if there.get(key) != wanted.get(key)
+    ]
+
+
+def _is_full(error: BaseException) -> bool:
+    """Says whether an error means that the disk or the quota is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT))
