@@ -11,9 +11,9 @@ whole or not at all. URL is a path, or a URL of any key-value store that tensors
 (file://, gs://, s3://, memory://); the code is the same.
 
 Images are fixed-point numbers: [0, 1] in 4095 steps, kept in uint16. The largest error is half a
-step, 0.052 HU for the window of 425 HU (measured: 0.052), a tenth of that of the
-scanner's own steps of 1 HU; float16 errs by up to 0.104 HU and takes 3 % more room after compression. All 65,536
-levels would take 40 % more for no use.
+step, 0.052 HU for the window of 425 HU (measured: 0.052), a tenth of that of CT itself, which is
+stored in steps of 1 HU; float16 errs by up to 0.104 HU and takes 3 % more room after compression.
+All 65,536 levels would take 40 % more for no use.
 """
 
 import errno
@@ -46,10 +46,11 @@ MAX_LOCATIONS = 2000
 # Inner chunks of 32^3. Measured on an abdominal CT at 1.5 mm (244x202x224, 9.1 MB compressed), 96^3
 # crops at random places (raw 1.77 MB): chunks of 16^3 read 1.6 MB a crop in up to 343 pieces, 24^3
 # 1.8 MB in 125, 32^3 2.1 MB in 64, 48^3 2.7 MB in 27, 64^3 3.7 MB in 27; 48^3 crops: 0.35, 0.41,
-# 0.49, 0.80 and 0.97 MB. 32^3 reads few bytes too many and still costs an object store few requests.
+# 0.49, 0.80 and 0.97 MB. 32^3 reads little too much and still costs an object store few requests.
 CHUNK = 32
-# zstd at level 1 with byte shuffle: 9.5 MB in a quarter of the time that level 5 needs for 9.1; with
-# bits shuffled 9.7, lz4 11.2. The CRC makes a flipped bit an error when it is read, not an odd voxel.
+# zstd at level 1 with bytes shuffled: 9.5 MB in a quarter of the time that level 5 needs for 9.1;
+# with bits shuffled 9.7, lz4 11.2. The CRC makes a flipped bit an error when it is read, not an odd
+# voxel.
 _CODECS = (
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle"}},
