@@ -1,0 +1,313 @@
+"""Predictions lie on the scans' own grids, whatever those are; bad scans do not stop the others."""
+
+import json
+
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+from ml_collections import ConfigDict
+
+from configs.prediction import get_config
+from tumorjax import geometry
+from tumorjax.anatomy import LABELS
+from tumorjax.errors import UserError
+from tumorjax.files import read_csv
+from tumorjax.inference import predict
+
+CLASSES = {
+    "kidney": ["kidney_left", "kidney_right"],
+    "liver": ["liver"],
+    "tumor": ["liver_lesion", "kidney_lesion"],
+}
+# Names of the built-in test network's classes with the HU that it takes for them.
+HU = {"kidney": 60.0, "liver": 120.0, "tumor": 200.0}
+WINDOW = (-175.0, 250.0)
+
+
+def by_brightness(centres, x):
+    """A network that knows classes by their HU alone, so that the truth is known."""
+    return -jnp.square((x - centres) * 40)
+
+
+def brighter_than(threshold, x):
+    return jnp.concatenate([jnp.zeros_like(x), (x - threshold) * 2], axis=-1)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    trained = ConfigDict(
+        {
+            "task": {"classes": CLASSES},
+            "training": {"patch_size": (16, 16, 16)},
+            "preparation": {"spacing": (2.0, 2.0, 2.0), "window": WINDOW},
+        }
+    )
+    values = np.array([-175.0, *(HU[name] for name in CLASSES)])
+    centres = jnp.asarray((values - WINDOW[0]) / (WINDOW[1] - WINDOW[0]), jnp.float32)
+    apply = Partial(by_brightness, centres)
+    monkeypatch.setattr(predict.checkpoints, "load_model", lambda folder, step: (apply, trained))
+    return trained
+
+
+def phantom(shape, spacing):
+    """RAS+ volume in HU and its label map: boxes for kidneys, liver and a tumour, in air."""
+    grid = np.meshgrid(*[(np.arange(n) + 0.5) / n for n in shape], indexing="ij")
+    x, y, z = grid
+    labels = np.zeros(shape, np.uint8)
+    middle = (abs(y - 0.5) < 0.25) & (abs(z - 0.5) < 0.3)
+    labels[(abs(x - 0.2) < 0.12) & middle] = LABELS["kidney_left"]
+    labels[(abs(x - 0.8) < 0.12) & middle] = LABELS["kidney_right"]
+    labels[(abs(x - 0.5) < 0.12) & middle] = LABELS["liver"]
+    labels[(abs(x - 0.5) < 0.06) & (abs(y - 0.5) < 0.12) & (abs(z - 0.5) < 0.15)] = LABELS[
+        "liver_lesion"
+    ]
+    image = np.full(shape, -1000.0)
+    for name, hu in {
+        "kidney_left": HU["kidney"],
+        "kidney_right": HU["kidney"],
+        "liver": HU["liver"],
+        "liver_lesion": HU["tumor"],
+    }.items():
+        image[labels == LABELS[name]] = hu
+    return image.astype(np.int16), labels
+
+
+def turned(array, spacing, codes):
+    """The same volume with its axes stored as `codes`, with an affine that says so."""
+    start = nib.orientations.axcodes2ornt("RAS")
+    there = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(codes))
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = (-100, -50, 30)
+    stored = nib.orientations.apply_orientation(array, there)
+    return stored, affine @ nib.orientations.inv_ornt_aff(there, array.shape)
+
+
+def save_phantom(path, shape=(40, 32, 30), spacing=(2.0, 2.0, 2.0), codes="RAS"):
+    image, labels = phantom(shape, spacing)
+    stored, affine = turned(image, spacing, codes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(stored, affine), path)
+    return turned(labels, spacing, codes)[0]
+
+
+def config_for(source, output, **changes):
+    config = get_config()
+    config.checkpoint = "cell"
+    config.input, config.output = str(source), str(output)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def dice(a, b):
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SPL", "PIR"])
+def test_the_networks_own_grid_gives_the_truth_in_every_orientation(network, tmp_path, codes):
+    truth = save_phantom(tmp_path / "in" / "case_1_0000.nii.gz", codes=codes)
+    config = config_for(tmp_path / "in", tmp_path / "out")
+    assert predict.run(config, tmp_path / "work") == 0
+    written = nib.load(tmp_path / "out" / "case_1.nii.gz")
+    scan = nib.load(tmp_path / "in" / "case_1_0000.nii.gz")
+    np.testing.assert_array_equal(written.affine, scan.affine)
+    assert nib.aff2axcodes(written.affine) == tuple(codes)
+    # The class "tumor" unites labels: it has the id of the first, liver_lesion's.
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), truth)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "codes"),
+    [
+        ((80, 61, 30), (1.0, 1.05, 2.0), "LPS"),
+        ((100, 80, 24), (0.8, 0.8, 2.5), "LAS"),
+        ((30, 24, 60), (2.7, 2.7, 1.0), "PIR"),
+    ],
+)
+def test_other_grids_differ_by_less_than_a_voxel_of_the_network(
+    network, tmp_path, monkeypatch, shape, spacing, codes
+):
+    # One class, all that is brighter than the middle of the window: a box in air keeps its faces
+    # where half of a voxel is filled. (With more classes, the rim of a bright one passes through
+    # the brightness of others.)
+    network.task.classes = ConfigDict({"liver": ["liver"]})
+    apply = Partial(brighter_than, jnp.float32(0.5))
+    monkeypatch.setattr(predict.checkpoints, "load_model", lambda folder, step: (apply, network))
+    grid = np.meshgrid(*[(np.arange(n) + 0.5) / n for n in shape], indexing="ij")
+    box = np.all(
+        [(c > low) & (c < low + 0.5) for c, low in zip(grid, (0.1, 0.2, 0.3), strict=True)], 0
+    )
+    image, affine = turned(np.where(box, 250, -175).astype(np.int16), spacing, codes)
+    truth = turned(box, spacing, codes)[0]
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(image, affine), tmp_path / "in" / "a.nii")
+
+    assert predict.run(config_for(tmp_path / "in", tmp_path / "out"), tmp_path / "work") == 0
+    result = np.asanyarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj) == LABELS["liver"]
+    assert result.shape == truth.shape
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        mine, true = (np.flatnonzero(mask.any(axis=others)) for mask in (result, truth))
+        size = np.linalg.norm(affine[:3, axis])
+        assert abs(mine[0] - true[0]) * size <= 2.0
+        assert abs(mine[-1] - true[-1]) * size <= 2.0
+    apart = np.argwhere(result).mean(0) - np.argwhere(truth).mean(0)
+    # No shift: the centres agree to a quarter of the network's voxel of 2 mm.
+    assert np.abs(affine[:3, :3] @ apart).max() < 0.5
+    assert dice(result, truth) > 0.9
+
+
+def test_structures_are_written_as_abdomenatlas_has_them(network, tmp_path):
+    truth = save_phantom(tmp_path / "in" / "BDMAP_00000001" / "ct.nii.gz", codes="LPS")
+    config = config_for(tmp_path / "in", tmp_path / "out", form="structures")
+    assert predict.run(config, tmp_path / "work") == 0
+    folder = tmp_path / "out" / "BDMAP_00000001" / "segmentations"
+    names = {path.name: np.asanyarray(nib.load(path).dataobj) for path in folder.iterdir()}
+    assert set(names) == {
+        *("kidney_left.nii.gz", "kidney_right.nii.gz", "liver.nii.gz", "tumor.nii.gz")
+    }
+    for name in ("kidney_left", "kidney_right", "liver"):
+        np.testing.assert_array_equal(names[f"{name}.nii.gz"], truth == LABELS[name])
+    np.testing.assert_array_equal(names["tumor.nii.gz"], truth == LABELS["liver_lesion"])
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_labels_json_names_the_values(network, tmp_path):
+    save_phantom(tmp_path / "in" / "a.nii.gz")
+    predict.run(config_for(tmp_path / "in" / "a.nii.gz", tmp_path / "out"), tmp_path / "work")
+    record = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert record["labels"] == {
+        "background": 0,
+        "kidney_left": 3,
+        "kidney_right": 4,
+        "liver": 5,
+        "tumor": 27,
+    }
+
+
+def test_bad_scans_are_set_aside_and_the_rest_goes_on(network, tmp_path, capsys):
+    source = tmp_path / "in"
+    save_phantom(source / "a_0000.nii.gz")
+    save_phantom(source / "z_0000.nii.gz")
+    whole = (source / "a_0000.nii.gz").read_bytes()
+    (source / "b_0000.nii.gz").write_bytes(whole[:200])
+    image, _ = phantom((20, 20, 20), (2, 2, 2))
+    nib.save(nib.Nifti1Image(np.stack([image] * 2, -1), np.eye(4)), source / "c_0000.nii.gz")
+    save_phantom(source / "d_0000.nii.gz")
+    save_phantom(source / "d_0001.nii.gz")
+    save_phantom(source / "e e.nii.gz")
+    save_phantom(source / "f_0001.nii.gz")
+    assert predict.run(config_for(source, tmp_path / "out"), tmp_path / "work") == 1
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"a.nii.gz", "z.nii.gz", "f_0001.nii.gz", "labels.json"}
+    rows = {row["case"]: row for row in read_csv(tmp_path / "work" / "rejected.csv")}
+    assert {case: row["stage"] for case, row in rows.items()} == {
+        "b": "read", "c": "read", "d": "find", "e e": "find"
+    }  # fmt: skip
+    assert "b_0000.nii.gz: not readable to its end" in rows["b"]["reason"]
+    assert "4D" in rows["c"]["reason"]
+    assert "2 files of one case (d_0000.nii.gz, d_0001.nii.gz)" in rows["d"]["reason"]
+    assert "rejected.csv" in capsys.readouterr().out
+
+    for name in ("b_0000", "c_0000", "d_0001", "e e"):
+        (source / f"{name}.nii.gz").unlink()
+    assert predict.run(config_for(source, tmp_path / "out"), tmp_path / "work") == 0
+    assert not (tmp_path / "work" / "rejected.csv").exists()
+    assert (tmp_path / "out" / "d.nii.gz").exists()
+
+
+def test_finished_scans_are_skipped_and_never_mixed(network, tmp_path, capsys, monkeypatch):
+    source, output = tmp_path / "in", tmp_path / "out"
+    save_phantom(source / "a.nii.gz")
+    predict.run(config_for(source, output), tmp_path / "work")
+    before = (output / "a.nii.gz").stat().st_mtime_ns
+    capsys.readouterr()
+    # Another batch size gives the same masks.
+    config = config_for(source, output, **{"inference.batch_size": 1})
+    assert predict.run(config, tmp_path / "work") == 0
+    assert (output / "a.nii.gz").stat().st_mtime_ns == before
+    assert "already finished" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match=r"inference\.overlap was 0\.5 and is 0\.25"):
+        predict.run(config_for(source, output, **{"inference.overlap": 0.25}), tmp_path / "work")
+    other = Partial(by_brightness, jnp.array([0.1, 0.2, 0.3, 0.4]))
+    monkeypatch.setattr(predict.checkpoints, "load_model", lambda folder, step: (other, network))
+    with pytest.raises(UserError, match="weights_sha256"):
+        predict.run(config_for(source, output), tmp_path / "work")
+    (output / "labels.json").unlink()
+    with pytest.raises(UserError, match=r"no labels\.json"):
+        predict.run(config_for(source, output), tmp_path / "work")
+
+
+def test_a_killed_write_leaves_no_mask(network, tmp_path, monkeypatch):
+    save_phantom(tmp_path / "in" / "a.nii.gz")
+    config = config_for(tmp_path / "in", tmp_path / "out", form="structures")
+    write = predict.write_mask
+
+    def killed(path, mask, like):
+        if path.name.startswith("liver"):
+            raise KeyboardInterrupt
+        write(path, mask, like)
+
+    monkeypatch.setattr(predict, "write_mask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(config, tmp_path / "work")
+    assert not (tmp_path / "out" / "a" / "segmentations").exists()
+    monkeypatch.setattr(predict, "write_mask", write)
+    assert predict.run(config, tmp_path / "work") == 0
+    assert len(list((tmp_path / "out" / "a" / "segmentations").iterdir())) == 4
+
+
+def test_a_full_disk_is_said_so(network, tmp_path, monkeypatch):
+    save_phantom(tmp_path / "in" / "a.nii.gz")
+
+    def full(path, mask, like):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict, "write_mask", full)
+    with pytest.raises(UserError, match="no space left"):
+        predict.run(config_for(tmp_path / "in", tmp_path / "out"), tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": ""}, "config.checkpoint is empty"),
+        ({"input": ""}, "config.input is empty"),
+        ({"input": "nowhere"}, "nowhere: no such file"),
+        ({"form": "rtstruct"}, "Expected one of labels, structures"),
+        ({"inference.overlap": 1.5}, "overlap is 1.5"),
+    ],
+)
+def test_wrong_configs_are_named(network, tmp_path, change, message):
+    save_phantom(tmp_path / "in" / "a.nii.gz")
+    config = config_for(tmp_path / "in", tmp_path / "out", **change)
+    with pytest.raises(UserError, match=message):
+        predict.run(config, tmp_path / "work")
+
+
+def test_output_among_the_scans_and_folders_without_scans_are_refused(network, tmp_path):
+    save_phantom(tmp_path / "in" / "a.nii.gz")
+    for source in (tmp_path / "in", tmp_path / "in" / "a.nii.gz"):
+        with pytest.raises(UserError, match="where the scans are"):
+            predict.run(config_for(source, tmp_path / "in"), tmp_path / "work")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="imagesTs"):
+        predict.run(config_for(tmp_path / "empty", tmp_path / "out"), tmp_path / "work")
+
+
+def test_argmax_equals_that_of_all_classes_at_once(rng):
+    probabilities = rng.dirichlet(np.ones(5), (11, 9, 7)).astype(np.float32)
+    probabilities[..., 3] = 0.01 * rng.random((11, 9, 7))  # wins nowhere: left out
+    shape = (23, 8, 19)
+    every = [geometry.resample_to_shape(probabilities[..., c], shape, 1) for c in range(5)]
+    result = predict.argmax_on_grid(probabilities, shape)
+    np.testing.assert_array_equal(result, np.argmax(every, axis=0))
+
+
+def test_the_middle_is_the_bodys_not_the_volumes(rng):
+    image = np.zeros((100, 20, 10), np.float32)
+    image[60:80, 5:15] = rng.uniform(0.1, 1, (20, 10, 10))
+    assert predict.body_middle(image) == pytest.approx(0.7, abs=0.006)
+    assert predict.body_middle(np.zeros((5, 4, 3))) == 0.5

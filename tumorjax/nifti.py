@@ -1,0 +1,152 @@
+"""CT scans from NIfTI files, and masks on the same grid back into such files."""
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float, Num, UInt8
+from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError
+
+from tumorjax.errors import CaseError, UserError
+from tumorjax.files import write_bytes_atomic
+from tumorjax.geometry import check_affine, spacing_of
+
+ENDINGS = (".nii.gz", ".nii")
+
+# Millimetres between voxels that a CT of a body can have.
+SPACING_RANGE = (0.1, 20.0)
+# A CT of anything spans more HU than this; images scaled to 0..1 do not.
+LEAST_HU_RANGE = 50.0
+
+# All of a header that says where the voxels lie. The rest describes values, or is free text that
+# may name a patient.
+_GRID_FIELDS = (
+    *("xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
+
+
+class Scan(NamedTuple):
+    """A CT as its file has it.
+
+    Attributes:
+        image: HU, axes as in the file.
+        affine: from voxel index to mm in RAS+.
+        header: NIfTI header of the file.
+    """
+
+    image: Num[np.ndarray, "i j k"]
+    affine: Float[np.ndarray, "4 4"]
+    header: Any
+
+
+def read_ct(path: str | os.PathLike) -> Scan:
+    """Reads a CT scan and checks that it can be one.
+
+    Raises:
+        CaseError: the file is not readable to its end, not a 3D image of finite HU, or its affine
+            or spacing cannot be that of a scan.
+    """
+    path = Path(path)
+    name = str(path)
+    try:
+        if path.stat().st_size == 0:
+            raise CaseError(name, "the file is empty", "Copy or convert it again")
+        file = cast(nib.Nifti1Image, nib.load(path))
+        _check_kind(name, file)
+        _check_pixdim(name, file)
+        stored = cast(Any, file.dataobj)
+        unscaled = (stored.slope, stored.inter) == (1, 0)
+        stored_as_hu = unscaled and file.get_data_dtype().kind in "iu"
+        # Whole numbers stay what they are: half the memory of float32.
+        image = np.asanyarray(stored, None if stored_as_hu else np.float32)
+        affine = np.asarray(file.affine, np.float64)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
+        # Only the kind of error: its text may quote the header.
+        raise CaseError(
+            name,
+            f"not readable to its end as NIfTI ({type(error).__name__})",
+            "Copy or convert it again",
+        ) from error
+    try:
+        check_affine(affine)
+    except UserError as error:
+        raise CaseError(name, str(error), "Convert the scan again") from error
+    low, high = SPACING_RANGE
+    spacing = spacing_of(affine)
+    if not all(low <= size <= high for size in spacing):
+        raise CaseError(
+            name,
+            f"spacing {' x '.join(f'{size:g}' for size in spacing)} mm, expected {low} to {high}",
+            "Correct the header (are its units millimetres?)",
+        )
+    if not np.isfinite(image.min()) or not np.isfinite(image.max()):
+        count = int(np.sum(~np.isfinite(image)))
+        raise CaseError(name, f"{count} voxels are NaN or infinite", "Convert the scan again")
+    if float(image.max()) - float(image.min()) < LEAST_HU_RANGE:
+        raise CaseError(
+            name,
+            f"values run from {image.min():g} to {image.max():g}, which is no CT in HU",
+            "Give the scan in Hounsfield units, not scaled",
+        )
+    return Scan(image, affine, file.header)
+
+
+def write_mask(path: str | os.PathLike, mask: UInt8[np.ndarray, "i j k"], like: Any) -> None:
+    """Writes a mask onto the grid of a scan, whole or not at all.
+
+    Codes, units and both affines are the scan's to the bit. Text fields and extensions stay
+    behind: they may name a patient. Equal masks make equal files.
+
+    Args:
+        path: ending in .nii.gz.
+        mask: axes as in the scan's file.
+        like: the scan's NIfTI header.
+
+    Raises:
+        UserError: there is no space left to write to.
+    """
+    header = type(like)()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(mask.shape)
+    header["pixdim"][:4] = like["pixdim"][:4]
+    for field in _GRID_FIELDS:
+        header[field] = like[field]
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    data = kind(np.asarray(mask, np.uint8), None, header).to_bytes()
+    write_bytes_atomic(path, gzip.compress(data, compresslevel=4, mtime=0))
+
+
+def _check_kind(name: str, file: Any) -> None:
+    if not isinstance(file, (nib.Nifti1Image, nib.Nifti2Image)):
+        raise CaseError(name, f"a {type(file).__name__}, expected NIfTI", "Convert it to NIfTI")
+    kind = file.get_data_dtype()
+    if kind.fields is not None or kind.kind not in "iuf":
+        what = "an RGB image" if kind.fields is not None else f"an image of {kind} values"
+        raise CaseError(name, f"{what}, expected one number a voxel", "Give the CT itself")
+    if len(file.shape) != 3:
+        shape = " x ".join(map(str, file.shape))
+        raise CaseError(
+            name, f"{len(file.shape)}D ({shape}), expected a 3D scan", "Give one phase a file"
+        )
+    if 0 in file.shape:
+        raise CaseError(name, f"no voxels (shape {file.shape})", "Convert the scan again")
+
+
+def _check_pixdim(name: str, file: Any) -> None:
+    # Nibabel repairs a negative or zero voxel size while it reads, so the field is read unrepaired.
+    with ImageOpener(file.get_filename()) as raw:
+        header = type(file.header).from_fileobj(raw, check=False)
+    sizes = np.asarray(header["pixdim"][1:4], float)
+    if not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise CaseError(
+            name,
+            f"voxel size {' x '.join(f'{size:g}' for size in sizes)} mm, expected positive numbers",
+            "Correct pixdim in the header",
+        )
