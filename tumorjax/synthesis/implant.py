@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from tumorjax.errors import CaseError, UserError
 from tumorjax.synthesis import shapes, texture
 from tumorjax.synthesis.placement import OrganTooSmall, organ_box, place
+from tumorjax.synthesis.texture import generator
 
 
 class Render(Protocol):
@@ -152,18 +153,17 @@ def implant(
     _check(image, organ_mask, exclude, blocked, size, count, case)
     taken = np.zeros(image.shape, bool) if exclude is None else np.array(exclude, bool)
     spacing = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
-    count_key, key = jax.random.split(key)
     if count is None:
         several = isinstance(size, str) and size in ("tiny", "small")
-        count = int(jax.random.randint(count_key, (), 1, 4)) if several else 1
+        count = int(generator(jax.random.fold_in(key, 0)).integers(1, 4)) if several else 1
 
     result = image.copy()
     tumor = np.zeros(image.shape, bool)
     for number in range(count):
-        place_key, render_key = jax.random.split(jax.random.fold_in(key, number))
+        lesion_key = jax.random.fold_in(key, 1 + number)
         try:
             lesion = place(
-                place_key,
+                jax.random.fold_in(lesion_key, 0),
                 image,
                 organ_mask,
                 taken,
@@ -194,8 +194,13 @@ def implant(
         )
         here = np.zeros([c.stop - c.start for c in crop], bool)
         here[inner] = lesion.mask
-        host = organ_mask[crop] & ~taken[crop]
-        result[crop] = synthesizer.render(render_key, result[crop], host, here, spacing)
+        others = taken[crop]
+        before = result[crop]
+        after = synthesizer.render(
+            jax.random.fold_in(lesion_key, 1), before, organ_mask[crop] & ~others, here, spacing
+        )
+        # Whatever a synthesizer does, tumours that are there stay as they are.
+        result[crop] = np.where(others, before, after)
         taken[lesion.box] |= lesion.mask
     return result, tumor
 

@@ -5,7 +5,8 @@ wider; in the liver not at its very border; large tumours of organs other than l
 at the organ's middle; the mask is cut to the organ, except that half of the medium and large
 kidney tumours may stick out of it. What is ours: a tumour that the organ cuts below its size's
 group is refused and another place is tried, and so is one that leaves less than 40 % of the organ;
-what sticks out replaces only soft tissue and fat.
+what sticks out replaces only soft tissue and fat; tumours of hollow organs have
+their centre in the wall or in what it holds, not in gas.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ _MOST_OF_ORGAN = 0.6
 _GAP_MM = 3.0
 # A tumour asked for in mm keeps at least this part of its radius when the organ cuts it.
 _KEPT_RADIUS = 0.75
+# Organs with a lumen: their tumours start in the wall, not in the gas.
+_HOLLOW = ("colon", "esophagus")
 # What a tumour may replace outside its organ, HU: fat and soft tissue, no air and no bone. Air is
 # -175 in images that were clipped to the usual window.
 _SOFT_TISSUE = (-150.0, 240.0)
@@ -52,7 +55,7 @@ class Lesion(NamedTuple):
 def organ_box(mask: Bool[np.ndarray, "x y z"]) -> Box | None:
     """Returns the bounding box of a mask, None if the mask is empty."""
     # Reducing along the last axis first reads the large array once.
-    flat = mask.any(axis=2)
+    flat = np.any(mask, axis=2)
     x, y = np.flatnonzero(flat.any(axis=1)), np.flatnonzero(flat.any(axis=0))
     if not x.size:
         return None
@@ -109,32 +112,29 @@ def place(
     steps = np.asarray(spacing, np.float64)
     group = size if isinstance(size, str) else shapes.size_group(size)
     lowest = shapes.GROUP_RADIUS[size][0] if isinstance(size, str) else _KEPT_RADIUS * size
-    place_key, radius_key, shape_key, out_key = jax.random.split(key, 4)
-    random = generator(place_key)
+    # Folded in rather than split: one compilation of jax.random serves all.
+    random = generator(jax.random.fold_in(key, 0))
     may_protrude = (
-        organ == "kidney"
-        and group in ("medium", "large")
-        and bool(jax.random.uniform(out_key) < 0.5)
+        bool(random.random() < 0.5) and organ == "kidney" and group in ("medium", "large")
     )
     voxels = int(np.count_nonzero(organ_mask[box]))
-    centres = _centres(random, organ_mask[box], taken[box], steps, group, organ)
+    wanted = organ_mask[box]
+    if organ in _HOLLOW:
+        tissue = wanted & _soft_tissue(image[box], steps)
+        wanted = tissue if tissue.any() else wanted
+    centres = _centres(random, wanted, taken[box], steps, group, organ)
     best = 0.0
     shape = np.zeros((0, 0, 0), bool)
     for attempt, centre in zip(range(_ATTEMPTS), centres, strict=False):
         if attempt % _SAME_SHAPE == 0:
-            draw = attempt // _SAME_SHAPE
-            radius = (
-                float(
-                    shapes.sample_radius(
-                        jax.random.fold_in(radius_key, draw), organ, prior, 1, size
-                    )[0]
-                )
-                if isinstance(size, str)
-                else float(size)
-            )
-            shape = shapes.tumor_mask(
-                jax.random.fold_in(shape_key, draw), radius, spacing, organ, prior
-            )
+            draw_key = jax.random.fold_in(key, 1 + attempt // _SAME_SHAPE)
+            if isinstance(size, str):
+                radius_key = jax.random.fold_in(draw_key, 0)
+                radius = float(shapes.sample_radius(radius_key, organ, prior, 1, size)[0])
+            else:
+                radius = float(size)
+            shape_key = jax.random.fold_in(draw_key, 1)
+            shape = shapes.tumor_mask(shape_key, radius, spacing, organ, prior)
         where = tuple(c + b.start for c, b in zip(centre, box, strict=True))
         placed = _cut(shape, where, image, organ_mask, taken, blocked, steps, may_protrude)
         if placed is None:
@@ -208,9 +208,7 @@ def _cut(shape, centre, image, organ_mask, taken, blocked, steps, may_protrude) 
     mask = shape[tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))]
     allowed = organ_mask[box]
     if may_protrude:
-        # Averaged over a few millimetres, or noise would punch holes.
-        smooth = ndimage.uniform_filter(image[box], np.maximum(1, np.round(4 / steps)).astype(int))
-        tissue = (smooth > _SOFT_TISSUE[0]) & (smooth < _SOFT_TISSUE[1])
+        tissue = _soft_tissue(image[box], steps)
         allowed = allowed | (tissue if blocked is None else tissue & ~blocked[box])
     mask = mask & allowed
     if not mask.any():
@@ -228,6 +226,12 @@ def _cut(shape, centre, image, organ_mask, taken, blocked, steps, may_protrude) 
         return None
     radius = (np.count_nonzero(mask) * np.prod(steps) * 3 / 4 / np.pi) ** (1 / 3)
     return Lesion((box[0], box[1], box[2]), np.ascontiguousarray(mask), float(radius))
+
+
+def _soft_tissue(image, steps):
+    """Fat and soft tissue, by HU averaged over a few millimetres, or noise would punch holes."""
+    smooth = ndimage.uniform_filter(image, np.maximum(1, np.round(4 / steps)).astype(int))
+    return (smooth > _SOFT_TISSUE[0]) & (smooth < _SOFT_TISSUE[1])
 
 
 def _too_close(box, mask, taken, steps) -> bool:

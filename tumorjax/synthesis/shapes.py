@@ -165,21 +165,18 @@ def sample_radius(
     used = prior_used(organ, prior)
     if sizes is None and prior == "measured":
         fit = MEASURED[used.removeprefix("measured:")]
-        return _truncated_log_normal(
-            key, fit.log_radius, fit.log_radius_sd, jnp.full(count, fit.smallest), fit.largest
-        )
+        groups = jnp.asarray([[1.0, fit.smallest, fit.largest]])
+        return _draw_log_normal(key, count, groups, fit.log_radius, fit.log_radius_sd)
     mix = _mix("paper" if sizes is None else sizes)
-    group_key, radius_key = jax.random.split(key)
-    names = list(mix)
-    weights = jnp.asarray([mix[name] for name in names])
-    groups = jax.random.choice(group_key, len(names), (count,), p=weights / weights.sum())
     if prior == "difftumor":
-        return jnp.asarray([NOMINAL_RADIUS[name] for name in names])[groups]
+        return _draw_nominal(
+            key,
+            count,
+            jnp.asarray([[weight, NOMINAL_RADIUS[size]] for size, weight in mix.items()]),
+        )
     fit = MEASURED[used.removeprefix("measured:")]
-    low, high = jnp.asarray([GROUP_RADIUS[name] for name in names]).T
-    return _truncated_log_normal(
-        radius_key, fit.log_radius, fit.log_radius_sd, low[groups], high[groups]
-    )
+    groups = jnp.asarray([[weight, *GROUP_RADIUS[size]] for size, weight in mix.items()])
+    return _draw_log_normal(key, count, groups, fit.log_radius, fit.log_radius_sd)
 
 
 def tumor_mask(
@@ -212,24 +209,30 @@ def tumor_mask(
         raise UserError(f"tumour radius is {radius_mm} mm. Expected a positive number")
     if steps.shape != (3,) or not (np.isfinite(steps).all() and (steps > 0).all()):
         raise UserError(f"spacing is {spacing}. Expected three positive numbers in mm")
-    shape_key, offset_key = jax.random.split(key)
     if prior == "difftumor":
-        axes_key, deform_key = jax.random.split(shape_key)
-        axes = difftumor_axes(axes_key, radius)
-        level, extent = _difftumor_level(
-            deform_key, radius, axes, jnp.asarray(_SIGMA[size_group(radius)])
+        sigma_range = jnp.asarray(_SIGMA[size_group(radius)])
+        axes = difftumor_axes(jax.random.fold_in(key, 0), radius)
+        level, extent, offset = _difftumor_level(
+            jax.random.fold_in(key, 1), radius, axes, sigma_range
         )
     else:
         fit = MEASURED[used.removeprefix("measured:")]
-        level, extent = _measured_level(shape_key, radius, jnp.asarray(fit[5:]))
-    offset = np.asarray(jax.random.uniform(offset_key, (3,), minval=-0.5, maxval=0.5))
-    return _voxelize(np.asarray(level), np.asarray(extent, np.float64), steps, offset)
+        level, extent, offset = _measured_level(
+            jax.random.fold_in(key, 1), radius, jnp.asarray(fit[5:])
+        )
+    return _voxelize(
+        np.asarray(level), np.asarray(extent, np.float64), steps, np.asarray(offset, np.float64)
+    )
 
 
 def difftumor_axes(key: PRNGKeyArray, radius_mm: float) -> Float[Array, "3"]:
     """Draws the semi-axes (mm) of DiffTumor's ellipsoid, before its deformation."""
-    low, high = _AXES[size_group(radius_mm)]
-    return radius_mm * jax.random.uniform(key, (3,), minval=low, maxval=high)
+    return _uniform_axes(key, radius_mm, jnp.asarray(_AXES[size_group(radius_mm)]))
+
+
+@jax.jit
+def _uniform_axes(key, radius, axes_range):
+    return radius * jax.random.uniform(key, (3,), minval=axes_range[0], maxval=axes_range[1])
 
 
 def _voxelize(
@@ -238,7 +241,7 @@ def _voxelize(
     spacing: Float[np.ndarray, "3"],
     offset: Float[np.ndarray, "3"],
 ) -> Bool[np.ndarray, "x y z"]:
-    """Samples a level set at voxel centres: linear along each axis, one matrix product an axis."""
+    """Samples a level set at voxel centres, linearly along each axis, and takes its inside."""
     inside = level < 0
     sampled = level
     last = level.shape[0] - 1
@@ -253,12 +256,11 @@ def _voxelize(
         centres = (np.arange(first, stop) + offset[axis]) * spacing[axis]
         position = np.clip((centres / extent[axis] + 1) / 2 * last, 0, last)
         cell = np.minimum(position.astype(np.int64), last - 1)
-        weights = np.zeros((len(centres), last + 1), np.float32)
-        rows = np.arange(len(centres))
-        weights[rows, cell] = 1 - (position - cell)
-        weights[rows, cell + 1] = position - cell
-        # Contracts the first axis and appends the result: three turns restore the order.
-        sampled = np.tensordot(sampled, weights, axes=([0], [1]))
+        part = (position - cell).astype(np.float32)
+        part = part.reshape([-1 if a == axis else 1 for a in range(3)])
+        sampled = (1 - part) * np.take(sampled, cell, axis) + part * np.take(
+            sampled, cell + 1, axis
+        )
     mask = sampled < 0
     if not mask.any():
         # Smaller than a voxel: it still is a tumour of one voxel.
@@ -275,19 +277,20 @@ def _voxelize(
 
 @jax.jit
 def _difftumor_level(key, radius, axes, sigma_range):
-    """Level set (negative inside) of DiffTumor's deformed ellipsoid; returns (level, extent)."""
-    sigma_key, deform_key = jax.random.split(key)
+    """DiffTumor's deformed ellipsoid: level set (negative inside), extent and grid offset."""
+    sigma_key, deform_key, offset_key = jax.random.split(key, 3)
     sigma = radius * jax.random.uniform(sigma_key, minval=sigma_range[0], maxval=sigma_range[1])
     # DiffTumor's array is four semi-axes wide, with control points at its ends and its middle.
     extent = 1.25 * axes + 4 * sigma
-    return _deformed_ellipsoid(deform_key, axes, jnp.eye(3), sigma, 2 * axes, extent), extent
+    level = _deformed_ellipsoid(deform_key, axes, jnp.eye(3), sigma, 2 * axes, extent)
+    return level, extent, _grid_offset(offset_key)
 
 
 @jax.jit
 def _measured_level(key, radius, fit):
-    """Level set of a turned, slightly deformed ellipsoid with a ball's volume of `radius`."""
+    """A turned, slightly deformed ellipsoid of a ball's volume: level set, extent, offset."""
     log_elongation, log_elongation_sd, middle, middle_sd = fit
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(key, 6)
     elongation = jnp.exp(log_elongation + log_elongation_sd * jax.random.normal(keys[0]))
     # Beyond 1:7 lie 1 in 200 of the measured lesions, all of a few voxels.
     elongation = jnp.minimum(elongation, jnp.log(7.0))
@@ -310,7 +313,13 @@ def _measured_level(key, radius, fit):
     slope = jnp.sqrt(sum((g / s) ** 2 for g, s in zip(jnp.gradient(level), step, strict=True)))
     share_inside = jnp.clip(0.5 - level / (slope * jnp.min(step) + 1e-9), 0, 1)
     volume = jnp.sum(share_inside) * jnp.prod(step)
-    return level, extent * (4 / 3 * jnp.pi * radius**3 / volume) ** (1 / 3)
+    extent = extent * (4 / 3 * jnp.pi * radius**3 / volume) ** (1 / 3)
+    return level, extent, _grid_offset(keys[5])
+
+
+def _grid_offset(key):
+    """Where between two voxel centres the tumour's middle lies, in voxels."""
+    return jax.random.uniform(key, (3,), minval=-0.5, maxval=0.5)
 
 
 def _deformed_ellipsoid(key, axes, rotation, sigma, control, extent):
@@ -335,27 +344,30 @@ def _deformed_ellipsoid(key, axes, rotation, sigma, control, extent):
 
 def _spline_basis(u):
     """The three functions of the mirrored cubic spline through values at u = -1, 0 and 1."""
-    kernel = [_cubic(jnp.clip(u, -1.5, 1.5) - node) for node in range(-3, 4)]
-    # Coefficients of the nodes -1, 0, 1; those of the nodes outside mirror them about the ends.
-    coefficients = (kernel[2] + kernel[6], kernel[3] + kernel[1] + kernel[5], kernel[4] + kernel[0])
-    inverse = np.linalg.inv(np.array([[4, 2, 0], [1, 4, 1], [0, 2, 4]]) / 6)
-    return [sum(float(inverse[k, i]) * coefficients[k] for k in range(3)) for i in range(3)]
+    # Beyond the last control point the spline goes on mirrored.
+    t = 2 * jnp.clip(u, -1, 1) - jnp.clip(u, -1.5, 1.5)
+    # The spline through 0, 1, 0 is even and flat at 0 and 1; the one through -1, 0, 1 is odd and
+    # flat at 1; the one through 1, 1, 1 is 1.
+    even = 1 - t * t * (3 - 2 * jnp.abs(t))
+    odd = t * (3 - t * t) / 2
+    return (1 - even - odd) / 2, even, (1 - even + odd) / 2
 
 
-def _cubic(t):
-    """The cubic B-spline."""
-    t = jnp.abs(t)
-    return jnp.where(
-        t < 1, 2 / 3 - t**2 + t**3 / 2, jnp.where(t < 2, (2 - t) ** 3 / 6, jnp.zeros_like(t))
-    )
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_nominal(key, count, groups):
+    """Draws the second column of `groups` by the weights in the first."""
+    weights = groups[:, 0] / groups[:, 0].sum()
+    return groups[jax.random.choice(key, len(groups), (count,), p=weights), 1]
 
 
-@jax.jit
-def _truncated_log_normal(key, mean, deviation, low, high):
-    """exp of a normal draw between log(low) and log(high), by its inverse distribution."""
-    low = norm.cdf((jnp.log(low) - mean) / deviation)
-    high = norm.cdf((jnp.log(high) - mean) / deviation)
-    u = jax.random.uniform(key, jnp.shape(low))
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_log_normal(key, count, groups, mean, deviation):
+    """Draws a group (weight, low, high), then exp of a normal draw between log low and log high."""
+    group_key, radius_key = jax.random.split(key)
+    weights = groups[:, 0] / groups[:, 0].sum()
+    chosen = groups[jax.random.choice(group_key, len(groups), (count,), p=weights)]
+    low, high = (norm.cdf((jnp.log(chosen[:, i]) - mean) / deviation) for i in (1, 2))
+    u = jax.random.uniform(radius_key, (count,))
     return jnp.exp(mean + deviation * ndtri(low + u * (high - low)))
 
 

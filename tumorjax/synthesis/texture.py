@@ -63,7 +63,7 @@ TEXTURES: dict[str, Texture] = {
     "liver": Texture(
         contrast=(-80.0, -32.0),
         limits=(10.0, 90.0),
-        variation=(5.0, 14.0),
+        variation=(6.0, 18.0),
         scales_mm=(1.5, 4.0, 9.0),
         edge_mm=(1.0, 2.0),
         rim_share=0.25,
@@ -207,11 +207,12 @@ def render(
         texture: how the lesion looks.
 
     Returns:
-        The crop with the lesion, HU float32. Voxels outside the organ and the lesion, and those
-        beyond the edge's reach, are the input's bit for bit.
+        The crop with the lesion, HU float32. Voxels beyond the edge's reach (at most 7 mm) are
+        the input's bit for bit, and so are those outside the organ where the lesion does not
+        stick out of it.
     """
-    random_key, noise_key = jax.random.split(key)
-    random = generator(random_key)
+    random = generator(jax.random.fold_in(key, 0))
+    noise_key = jax.random.fold_in(key, 1)
     steps = np.asarray(spacing, np.float64)
     radius = (tumor.sum() * np.prod(steps) * 3 / 4 / np.pi) ** (1 / 3)
     draw = {
@@ -222,7 +223,7 @@ def render(
     has_core = random.random() < texture.core_share and radius > 10
 
     host = organ | tumor
-    normal, grain = _organ_statistics(image, organ, texture.reference)
+    normal, spread = _organ_statistics(image, organ, texture.reference)
     mean = _lesion_mean(normal, draw["contrast"], texture.limits)
     if texture.mass_effect > 0:
         image = _push(image, host, tumor, steps, texture.mass_effect * radius)
@@ -237,9 +238,9 @@ def render(
             # Dark from about half of the way in.
             way = np.clip(depth / (0.8 * radius), 0, 1)
             lesion += draw["core"] / (1 + np.exp(-(way - 0.5) / 0.12)).astype(np.float32)
-    lesion += _grain(image, host, steps, grain)
+    lesion += _grain(random, image, host, steps, normal, spread)
 
-    weight = _edge_weight(tumor, host, steps, draw["edge_mm"])
+    weight = _edge_weight(tumor, organ, steps, draw["edge_mm"])
     touched = weight > 0
     result = image.copy()
     result[touched] += weight[touched] * (lesion[touched] - image[touched])
@@ -255,7 +256,7 @@ def _lesion_mean(normal, contrast, limits):
 
 
 def _organ_statistics(image, organ, reference):
-    """The organ's median HU and the deviation of its grain, robust against vessels and edges."""
+    """The organ's median HU and its deviation, robust against vessels and edges."""
     # Voxels at the organ's border hold some of its neighbours.
     inner = ndimage.binary_erosion(organ)
     values = image[inner if inner.sum() >= 30 else organ]
@@ -268,25 +269,49 @@ def _organ_statistics(image, organ, reference):
     return median, 1.4826 * float(np.median(np.abs(values - median)))
 
 
-def _grain(image, host, steps, deviation):
-    """The scan's own fine detail inside the host: noise stays, vessels and gas go."""
+def _grain(random, image, host, steps, normal, spread):
+    """The scan's own noise inside the host, without its vessels, fat and gas."""
     sigma = 2.5 / steps
-    inside = host.astype(np.float32)
-    norm = ndimage.gaussian_filter(inside, sigma, truncate=2.5)
-    smooth = ndimage.gaussian_filter(
-        np.where(host, image, 0).astype(np.float32), sigma, truncate=2.5
-    )
+    norm = ndimage.gaussian_filter(host.astype(np.float32), sigma, truncate=2.5)
+    smooth = ndimage.gaussian_filter(np.where(host, image, np.float32(0)), sigma, truncate=2.5)
     detail = np.where(host, image - smooth / np.maximum(norm, 1e-3), 0)
-    limit = 2.0 * max(deviation, 1.0)
-    clipped = np.clip(detail, -limit, limit)
+    # What is not parenchyma, nor next to such, has no noise that could be taken over: it gets
+    # noise of the same strength, of the correlation of a usual reconstruction kernel.
+    foreign = host & (np.abs(image - normal) > max(3 * spread, 25.0))
+    foreign = ndimage.maximum_filter(foreign, 3)
+    own = detail[host & ~foreign]
+    deviation = 1.4826 * float(np.median(np.abs(own))) if own.size >= 30 else spread
+    deviation = min(deviation, _noise_level(image))
     # At the organ's outer border the scan's own partial volume stays: half fat is half fat.
     border = host & ~ndimage.binary_erosion(host, border_value=1)
-    return np.where(border, np.minimum(detail, limit), clipped).astype(np.float32)
+    fill = ndimage.gaussian_filter(random.standard_normal(image.shape, np.float32), 0.6)
+    fill *= deviation * _filter_gain(0.6) ** 3
+    clipped = np.where(foreign, fill, np.clip(detail, -3 * deviation, 3 * deviation))
+    partial = border & (detail < -3 * deviation)
+    return np.where(partial, detail, clipped).astype(np.float32)
 
 
-def _edge_weight(tumor, host, steps, edge_mm):
-    """Weight of the lesion: 1 inside, blurred towards the rest of the host, 0 outside the host."""
+def _noise_level(image):
+    """An upper bound of the noise's deviation, from the evenest tenth of the crop's tissue."""
+    mean = ndimage.uniform_filter(image, 3)
+    variance = ndimage.uniform_filter(image * image, 3) - mean * mean
+    tissue = variance[(mean > -150) & (mean < 300)]
+    if not tissue.size:
+        return 15.0
+    # In even tissue the tenth percentile of local deviations is about 0.7 of the deviation.
+    return 1.4 * float(np.sqrt(max(np.quantile(tissue, 0.1), 1.0)))
+
+
+def _edge_weight(tumor, organ, steps, edge_mm):
+    """Weight of the lesion: 1 inside, blurred towards the rest of the organ, 0 outside it.
+
+    Where the lesion sticks out of the organ it is blurred towards what is there.
+    """
     sigma = edge_mm / steps
+    host = organ | tumor
+    if (tumor & ~organ).any():
+        reach = 2 * np.ceil(_EDGE_REACH * sigma).astype(int) + 1
+        host |= ndimage.maximum_filter(tumor & ~organ, size=tuple(reach))
     soft = ndimage.gaussian_filter(tumor.astype(np.float32), sigma, truncate=_EDGE_REACH)
     # Where the host ends the lesion does not fade: it is weighed against the host alone.
     whole = ndimage.gaussian_filter(host.astype(np.float32), sigma, truncate=_EDGE_REACH)
@@ -325,7 +350,8 @@ def _push(image, host, tumor, steps, push_mm):
 
 def _filter_gain(sigma):
     """1 / deviation of unit white noise after SciPy's Gaussian filter along one axis."""
-    taps = np.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1)
+    reach = max(int(3 * sigma + 0.5), 1)
+    taps = np.arange(-reach, reach + 1)
     kernel = np.exp(-0.5 * (taps / sigma) ** 2)
     return 1 / np.sqrt(np.sum((kernel / kernel.sum()) ** 2))
 
