@@ -114,15 +114,28 @@ def _from_masks(
                 _only_file(case, found.get(case, []), folder)
                 for found, folder in ((truths, config.truth), (predictions, config.prediction))
             ]
+            hashes = [_hash(case, path) for path in files]
         except CaseError as error:
             results.append((error, False))
             continue
         names = {"case": case, "patient": patients.get(case, case), "split": config.split}
-        work.append((names, *files, labels, tumors, settings, workdir))
+        made_from = {
+            "names": names,
+            "files": hashes,
+            "labels": labels,
+            "tumors": tumors,
+            "settings": settings,
+        }
+        kept = _kept(workdir, case, made_from)
+        if kept is None:
+            work.append((made_from, names, *files, labels, tumors, settings, workdir))
+        else:
+            results.append((kept, False))
     return labels, _in_processes(_evaluate_files, work, config.workers, results)
 
 
 def _evaluate_files(
+    made_from: dict[str, Any],
     names: dict[str, str],
     truth: Path,
     prediction: Path,
@@ -132,17 +145,6 @@ def _evaluate_files(
     workdir: Path,
 ) -> tuple[dict | CaseError, bool]:
     try:
-        made_from = {
-            "names": names,
-            "truth": _hash(truth),
-            "prediction": _hash(prediction),
-            "labels": labels,
-            "tumors": tumors,
-            "settings": settings,
-        }
-        kept = _kept(workdir, names["case"], made_from)
-        if kept is not None:
-            return kept, False
         true_mask, predicted_mask, spacing = read_pair(truth, prediction, labels)
     except CaseError as error:
         found = f"{error.case}: {error.found}"
@@ -407,12 +409,12 @@ def _keep(workdir: Path, made_from: Mapping[str, Any], result: dict) -> dict:
     return result
 
 
-def _hash(path: Path) -> str:
+def _hash(case: str, path: Path) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CaseError(str(path), f"not readable ({error.strerror})", "Check the file") from error
+        raise CaseError(case, f"{path}: {error.strerror}", "Check the file") from error
 
 
 def _hash_weights(apply: Any) -> str:

@@ -14,6 +14,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from tumorjax.anatomy import LABELS
 from tumorjax.errors import CaseError, UserError
+from tumorjax.geometry import check_affine, spacing_of, to_canonical
 
 _ENDINGS = (".nii.gz", ".nii")
 
@@ -110,19 +111,15 @@ def read_pair(
     corners = np.array(np.meshgrid(*[(0, size - 1) for size in true_mask.shape])).reshape(3, -1)
     ends = nib.affines.apply_affine(affine, corners.T), nib.affines.apply_affine(other, corners.T)
     apart = np.linalg.norm(ends[0] - ends[1], axis=1).max()
-    spacing = nib.affines.voxel_sizes(affine)
-    if apart > _SAME_GRID * spacing.min():
+    if apart > _SAME_GRID * min(spacing_of(affine)):
         raise CaseError(
             str(prediction),
             f"its corners lie up to {apart:.2f} mm away from the truth's (affines differ)",
             "Bring the prediction back to the scan's own grid",
         )
-    turn = nib.io_orientation(affine)
-    swap = [int(np.flatnonzero(turn[:, 0] == axis)[0]) for axis in range(3)]
-    true_mask = nib.apply_orientation(true_mask, turn)
-    predicted_mask = nib.apply_orientation(predicted_mask, turn)
-    x, y, z = (float(spacing[axis]) for axis in swap)
-    return true_mask, predicted_mask, (x, y, z)
+    true_mask, turned = to_canonical(true_mask, affine)
+    predicted_mask, _ = to_canonical(predicted_mask, affine)
+    return true_mask, predicted_mask, spacing_of(turned)
 
 
 def _read_mask(
@@ -144,14 +141,10 @@ def _read_mask(
         raise CaseError(str(path), f"it is {what}, expected a 3D mask", "Give one label map a case")
     if not data.size:
         raise CaseError(str(path), f"it has no voxels ({data.shape})", "Write the file again")
-    sizes = nib.affines.voxel_sizes(affine)
-    volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0
-    if not volume > 1e-3 * np.prod(sizes):
-        raise CaseError(
-            str(path),
-            f"its affine is not invertible or its spacing not positive ({affine[:3].tolist()})",
-            "Correct the file's header",
-        )
+    try:
+        check_affine(affine)
+    except UserError as error:
+        raise CaseError(str(path), str(error), "Correct the file's header") from error
     with np.errstate(invalid="ignore"):
         mask = data.astype(np.uint8)
     if not np.array_equal(mask, data):
