@@ -396,7 +396,7 @@ def _hosts(split: Split, records: Records) -> dict[str, list[str]]:
 
 
 def _check_sizes(sizes: Mapping[str, float]) -> dict[str, float]:
-    weights = {str(name): float(weight) for name, weight in sizes.items()}
+    weights = {str(name): float(sizes[name]) for name in sorted(sizes)}
     if not any(weights.values()) or any(not 0 <= w < math.inf for w in weights.values()):
         raise UserError(
             f"synthesis.sizes is {weights}, expected weights of 0 or more, at least one above 0"
