@@ -1,0 +1,162 @@
+"""The synthetic half of a study's scans: what is written, what is skipped, what is set aside."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from tumorjax import anatomy, volumes
+from tumorjax.data.cohort import Implant
+from tumorjax.errors import CaseError, UserError
+from tumorjax.synthesis.implant import make_store
+
+SPACING = (3.0, 3.0, 3.0)
+WINDOW = (-175.0, 250.0)
+SETTINGS = {"synthesizer": "rules", "prior": "difftumor"}
+
+
+@pytest.fixture
+def real(tmp_path, rng):
+    """Two healthy patients with a liver and two kidneys; the second's kidneys are small."""
+    url = tmp_path / "real"
+    for number, kidney in ((1, 24.0), (2, 13.0)):
+        shape = (72, 56, 40)
+        grid = np.meshgrid(*[(np.arange(n) - n / 2) * 3.0 for n in shape], indexing="ij")
+        label = np.zeros(shape, np.uint8)
+        image = np.full(shape, 20.0)
+        for name, centre, radii, level in (
+            ("liver", (50, 0, 0), (45, 50, 45), 110),
+            ("kidney_left", (-70, 20, 0), (kidney, kidney, kidney * 1.5), 170),
+            ("kidney_right", (-20, -40, 0), (kidney, kidney, kidney * 1.5), 170),
+        ):
+            inside = (
+                sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)) < 1
+            )
+            label[inside] = anatomy.LABELS[name]
+            image[inside] = level
+        image = ndimage.gaussian_filter(image, 0.5) + rng.normal(0, 12, shape)
+        scaled = ((np.clip(image, *WINDOW) + 175) / 425).astype(np.float32)
+        meta = {"patient": f"patient{number}", "site": "north", "source": "virtual"}
+        settings = {"spacing": SPACING, "window": WINDOW}
+        volumes.write_case(url, f"BDMAP_{number}", scaled, label, SPACING, meta, settings)
+    return volumes.open_store(url)
+
+
+def plan(*rows):
+    return [
+        Implant(f"syn{i}", case, tumor, size, 100 + i) for i, (case, tumor, size) in enumerate(rows)
+    ]
+
+
+def test_synthetic_cases_hold_the_tumour_and_otherwise_the_healthy_scan(real, tmp_path):
+    implants = plan(
+        ("BDMAP_1", "liver_lesion", "small"),
+        ("BDMAP_1", "kidney_lesion", "medium"),
+        ("BDMAP_2", "liver_lesion", "large"),
+    )
+    seen = []
+    rejected = make_store(real, tmp_path / "syn", implants, SETTINGS, lambda *a: seen.append(a))
+    assert rejected == []
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    store = volumes.open_store(tmp_path / "syn")
+    assert store.settings == real.settings
+    assert store.cases == ["syn0", "syn1", "syn2"]
+    assert store.verify() == []
+    for implant in implants:
+        record = store.record(implant.name)
+        assert record["patient"] == f"patient{implant.case[-1]}"
+        assert record["site"] == "north"
+        made = record["synthetic"]
+        assert (made["from"], made["tumor"], made["size"]) == (
+            implant.case,
+            implant.tumor,
+            implant.size,
+        )
+        assert (made["seed"], made["synthesizer"], made["prior"]) == (
+            implant.seed,
+            "rules",
+            "difftumor",
+        )
+        assert {tumor["class"] for tumor in record["tumors"]} == {implant.tumor}
+        healthy, label = real.read(implant.case, "label"), store.read(implant.name, "label")
+        tumor = label == anatomy.LABELS[implant.tumor]
+        assert tumor.any()
+        np.testing.assert_array_equal(label[~tumor], healthy[~tumor])
+        before, after = real.read(implant.case, "image"), store.read(implant.name, "image")
+        far = ndimage.distance_transform_edt(~tumor, sampling=SPACING) > 9
+        np.testing.assert_array_equal(after[far], before[far])
+        assert (after[tumor] != before[tumor]).mean() > 0.95
+        host = {anatomy.LABELS[n] for n in anatomy.organ_labels(anatomy.HOST[implant.tumor])}
+        # One kidney at most, and what sticks out of it lies in no organ.
+        assert set(np.unique(healthy[tumor])) - {0} <= host
+        assert len(set(np.unique(healthy[tumor])) - {0}) == 1
+        # Tumours darker than the organ they replace, in HU by the store's window.
+        organ = np.isin(healthy, list(host)) & tumor
+        assert 425 * float(np.mean(after[organ] - before[organ])) < -15
+
+
+def test_both_kidneys_are_used(real, tmp_path):
+    implants = plan(*[("BDMAP_1", "kidney_lesion", "small")] * 8)
+    make_store(real, tmp_path / "syn", implants, SETTINGS)
+    store, healthy = volumes.open_store(tmp_path / "syn"), real.read("BDMAP_1", "label")
+    sides = [
+        int(healthy[store.read(name, "label") == anatomy.LABELS["kidney_lesion"]].max())
+        for name in store.cases
+    ]
+    assert set(sides) == {anatomy.LABELS["kidney_left"], anatomy.LABELS["kidney_right"]}
+
+
+def test_finished_cases_are_left_alone_and_changed_requests_made_anew(real, tmp_path):
+    implants = plan(("BDMAP_1", "liver_lesion", "small"), ("BDMAP_2", "liver_lesion", "small"))
+    url = tmp_path / "syn"
+    make_store(real, url, implants, SETTINGS)
+    first = {name: volumes.open_store(url).record(name) for name in ("syn0", "syn1")}
+    more = [*implants, Implant("syn2", "BDMAP_1", "kidney_lesion", "small", 1)]
+    more[1] = Implant("syn1", "BDMAP_2", "liver_lesion", "medium", 101)
+    make_store(real, url, more, SETTINGS)
+    store = volumes.open_store(url)
+    assert store.record("syn0") == first["syn0"]
+    assert store.record("syn1")["synthetic"]["size"] == "medium"
+    assert store.cases == ["syn0", "syn1", "syn2"]
+    # Other settings of the synthesizer are another request.
+    make_store(real, url, implants[:1], SETTINGS | {"texture": {"liver": {"rim_share": 1.0}}})
+    assert volumes.open_store(url).record("syn0")["token"] != first["syn0"]["token"]
+    # The same request in another folder and with other threads gives the same scan.
+    make_store(real, tmp_path / "again", implants[:1], SETTINGS | {"workers": 1})
+    again = volumes.open_store(tmp_path / "again").record("syn0")
+    assert again["checksum"]["image"] == first["syn0"]["checksum"]["image"]
+    assert again["checksum"]["label"] == first["syn0"]["checksum"]["label"]
+
+
+def test_an_organ_too_small_takes_the_next_smaller_size_and_says_so(real, tmp_path):
+    make_store(real, tmp_path / "syn", plan(("BDMAP_2", "kidney_lesion", "large")), SETTINGS)
+    made = volumes.open_store(tmp_path / "syn").record("syn0")["synthetic"]
+    assert made["requested_size"] == "large"
+    assert made["size"] in ("medium", "small")
+    token = volumes.open_store(tmp_path / "syn").record("syn0")["token"]
+    make_store(real, tmp_path / "syn", plan(("BDMAP_2", "kidney_lesion", "large")), SETTINGS)
+    assert volumes.open_store(tmp_path / "syn").record("syn0")["token"] == token
+
+
+def test_scans_without_the_organ_are_set_aside_and_the_others_go_on(real, tmp_path):
+    implants = plan(("BDMAP_1", "pancreatic_lesion", "small"), ("BDMAP_1", "liver_lesion", "tiny"))
+    rejected = make_store(real, tmp_path / "syn", implants, SETTINGS)
+    assert [(row["case"], row["stage"]) for row in rejected] == [("syn0", "synthesis")]
+    assert "no pancreas in the scan" in rejected[0]["reason"]
+    assert volumes.open_store(tmp_path / "syn").cases == ["syn1"]
+
+
+def test_a_wrong_plan_is_an_error_before_anything_is_written(real, tmp_path):
+    for row, message in (
+        (("BDMAP_1", "brain_tumor", "small"), "tumour 'brain_tumor' is unknown"),
+        (("BDMAP_1", "liver_lesion", "huge"), "size 'huge' is unknown"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_store(real, tmp_path / "syn", plan(row), SETTINGS)
+    with pytest.raises(CaseError, match="BDMAP_9"):
+        make_store(real, tmp_path / "syn", plan(("BDMAP_9", "liver_lesion", "small")), SETTINGS)
+    twice = plan(("BDMAP_1", "liver_lesion", "small")) * 2
+    with pytest.raises(UserError, match="several implants of the name syn0"):
+        make_store(real, tmp_path / "syn", twice, SETTINGS)
+    with pytest.raises(UserError, match="synthesizer 'dreams' is unknown"):
+        make_store(real, tmp_path / "syn", twice[:1], {"synthesizer": "dreams"})
+    assert not (tmp_path / "syn").exists()
