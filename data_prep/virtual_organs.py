@@ -59,8 +59,8 @@ def _liver(draw: Draw) -> list[Structure]:
     right = draw.near((80, 28, 60), 5)
     lobes = together(
         [
-            ball(right, draw.size((68, 82, 86)), draw.turn(spread=4)),
-            ball(draw.near((4, 76, 78), 6), draw.size((68, 38, 38), 0.12), draw.turn(0, 12, -8)),
+            ball(right, draw.size((70, 85, 88)), draw.turn(spread=4)),
+            ball(draw.near((4, 76, 78), 6), draw.size((68, 40, 41), 0.12), draw.turn(0, 12, -8)),
         ],
         18.0,
     )
@@ -114,7 +114,7 @@ def _bowel(draw: Draw) -> list[Structure]:
     """Spleen, oesophagus, stomach, duodenum and colon."""
     rng = draw.rng
     spleen = cut(
-        ball(draw.near((-112, -8, 66), 5), draw.size((30, 48, 60), 0.1), draw.turn(18, -12, 12)),
+        ball(draw.near((-112, -8, 66), 5), draw.size((35, 54, 63), 0.1), draw.turn(18, -12, 12)),
         ball(draw.near((-74, 16, 62), 5), (26, 30, 44)),
     )
     hiatus = draw.near((-18, 42, 106), 3)
@@ -161,7 +161,7 @@ def _bowel(draw: Draw) -> list[Structure]:
 
 def _glands(draw: Draw) -> list[Structure]:
     """Pancreas and adrenals."""
-    lean = float(np.exp(draw.rng.normal(0, 0.1 * draw.variation)))
+    lean = 1.06 * float(np.exp(draw.rng.normal(0, 0.1 * draw.variation)))
     head = draw.near((36, 50, -14))
     pancreas = together(
         [
@@ -190,8 +190,8 @@ def _glands(draw: Draw) -> list[Structure]:
         top = draw.near((side * 34, 12, 64), 3)
         limbs = together(
             [
-                pipe([top, top + (side * 9, -16, -10)], [3.4, 2.6]),
-                pipe([top, top + (side * -1, -17, -8)], [3.0, 2.4]),
+                pipe([top, top + (side * 9, -16, -10)], [4.6, 3.4]),
+                pipe([top, top + (side * -1, -17, -8)], [4.2, 3.2]),
             ],
             2.0,
         )

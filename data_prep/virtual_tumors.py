@@ -34,7 +34,7 @@ SIZES: dict[str, dict[str, tuple[float, ...]]] = {
 }
 # How likely a patient with this tumour has 1, 2, 3, ... of them.
 COUNTS: dict[str, tuple[float, ...]] = {
-    "liver_lesion": (0.38, 0.22, 0.15, 0.11, 0.08, 0.06),
+    "liver_lesion": (0.25, 0.2, 0.17, 0.15, 0.12, 0.11),
     "pancreatic_lesion": (1.0,),
     "kidney_lesion": (0.88, 0.12),
     "colon_lesion": (0.95, 0.05),
@@ -71,9 +71,9 @@ class Look(NamedTuple):
 
 _PHASES = ("portal", "early", "arterial", "delayed")
 LOOKS: dict[str, Look] = {
-    "liver_lesion": Look(0.92, 0.65, (-60, -42, -50, -46), False, 11, 8, 0.35, 0.3, 0.16),
-    "pancreatic_lesion": Look(0.5, 0.95, (-50, -52, -56, -38), False, 9, 7, 0.3, 0.1, 0.2),
-    "kidney_lesion": Look(0.35, 0.95, (-85, -45, -62, -75), False, 18, 16, 0.55, 0.2, 0.12),
+    "liver_lesion": Look(0.92, 0.65, (-74, -54, -64, -58), False, 11, 8, 0.35, 0.3, 0.16),
+    "pancreatic_lesion": Look(0.5, 0.95, (-56, -58, -60, -46), False, 9, 7, 0.3, 0.1, 0.2),
+    "kidney_lesion": Look(0.35, 0.95, (-85, -70, -70, -75), False, 18, 16, 0.55, 0.2, 0.12),
     "colon_lesion": Look(0.45, 1.2, (95, 80, 90, 85), True, 8, 8, 0.2, 0.0, 0.2),
     "esophagus_tumor": Look(0.4, 1.2, (85, 75, 80, 80), True, 8, 6, 0.1, 0.0, 0.15),
     "endometrioma_tumor": Look(0.1, 1.3, (28, 28, 28, 30), True, 8, 6, 0.0, 0.4, 0.08),
@@ -100,7 +100,7 @@ def sample_radii(
     """Draws tumour radii (mm) from the table of real sizes.
 
     Between the table's quantiles the logarithm of the radius is linear in the normal score, and
-    it goes on so to the 2nd and 98th percentile, where the distribution ends.
+    it goes on so to the 2nd and 98th percentile; what would lie beyond lies there.
 
     Args:
         rng: generator.
@@ -111,17 +111,17 @@ def sample_radii(
     """
     scores = norm.ppf((0.1, 0.25, 0.5, 0.75, 0.9))
     logs = np.log(SIZES[tumor]["radius"])
-    radii = np.full(count, np.inf)
+    radii = np.full(count, np.nan)
     for _ in range(50):
-        again = radii > largest
+        again = ~(radii <= largest)
         if not again.any():
             return radii
-        z = norm.ppf(rng.uniform(0.02, 0.98, again.sum()))
+        z = np.clip(rng.standard_normal(again.sum()), *norm.ppf((0.02, 0.98)))
         value = np.interp(z, scores, logs)
         value += np.minimum(z - scores[0], 0) * (logs[1] - logs[0]) / (scores[1] - scores[0])
         value += np.maximum(z - scores[-1], 0) * (logs[-1] - logs[-2]) / (scores[-1] - scores[-2])
         radii[again] = np.exp(value)
-    again = radii > largest
+    again = ~(radii <= largest)
     radii[again] = largest * rng.uniform(0.6, 1.0, again.sum())
     return radii
 
@@ -139,7 +139,7 @@ def grow(rng: np.random.Generator, tumor: str, radius_mm: float, spacing: tuple)
                                     SIZES[tumor]["axes"]), 0.25, 0.92))  # fmt: skip
     middle = minor ** rng.uniform(0.25, 0.65)
     # Lobes shorten some diameters by chance, hence the root: less is asked of the stretch.
-    stretch = np.array([1.0, middle**0.9, minor**0.9])
+    stretch = np.array([1.0, middle**0.8, minor**0.85])
     stretch /= np.prod(stretch) ** (1 / 3)
     frame, _ = np.linalg.qr(rng.standard_normal((3, 3)))
     reach = radius_mm * stretch.max() * 1.5 + 1.5 * max(spacing)
@@ -151,14 +151,14 @@ def grow(rng: np.random.Generator, tumor: str, radius_mm: float, spacing: tuple)
     direction = own / np.maximum(distance, np.float32(1e-6))[..., None]
     # Lobes: plane waves on the sphere of directions, long ones stronger.
     bumps = np.zeros_like(distance)
-    for frequency in (1.5, 2.5, 2.5, 4.0, 4.0, 6.0):
+    for frequency in (2.5, 2.5, 4.0, 4.0, 6.0):
         wave = rng.standard_normal(3).astype(np.float32)
         wave *= frequency / np.linalg.norm(wave)
         bumps += np.cos(direction @ wave + np.float32(rng.uniform(0, 2 * np.pi))) / frequency
     rough = smooth_field(
         rng, max(0.35 * radius_mm, 1.5), [a[0] for a in axes], [a[-1] for a in axes]
     )
-    level = distance * np.exp(-np.float32(0.35) * bumps)
+    level = distance * np.exp(-np.float32(1.8 * LOOKS[tumor].roughness) * bumps)
     level += LOOKS[tumor].roughness * evaluate(rough, axes) * np.minimum(distance, 1)
     voxels = max(1, round(4 / 3 * np.pi * radius_mm**3 / float(np.prod(spacing))))
     return Lesion(_normalised(level, voxels), voxels, radius_mm)
