@@ -4,10 +4,11 @@ import threading
 from collections import Counter
 from itertools import islice
 
+import nibabel
 import numpy as np
 import pytest
 
-from tumorjax import anatomy
+from tumorjax import anatomy, volumes
 from tumorjax.data import crops
 from tumorjax.errors import UserError
 
@@ -80,8 +81,8 @@ def find(store, image) -> tuple[str, np.ndarray]:
                 slice(max(0, c), min(s, c + n))
                 for c, s, n in zip(corner, volume.shape, image.shape, strict=True)
             )
-            part = volume[slices]
-            if np.array_equal(part, image[image > 0].reshape(part.shape)):
+            part, held = volume[slices], image[image > 0]
+            if part.size == held.size and np.array_equal(part.ravel(), held):
                 return case, corner
     raise AssertionError("the crop is from nowhere")
 
@@ -358,3 +359,54 @@ def test_wrong_settings_are_refused(settings, message):
 def test_no_cases_is_an_error():
     with pytest.raises(UserError, match="no cases to train on"):
         crops.loader([], CLASSES, PATCH, 2)
+
+
+@pytest.fixture
+def store(tmp_path, rng):
+    """Two cases on disk."""
+    for number in range(2):
+        label = np.zeros((40, 36, 33), np.uint8)
+        label[10:30, 8:28, 9:25] = anatomy.LABELS["liver"]
+        label[14:17, 12:15, 12:14] = anatomy.LABELS["liver_lesion"]
+        image = rng.uniform(0.1, 1, label.shape).astype(np.float32)
+        volumes.write_case(tmp_path / "store", f"case{number}", image, label, (1.5, 1.5, 1.5))
+    return volumes.open_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_crops_of_a_store_on_disk(store, threads):
+    whole = MemoryStore(
+        {case: (store.read(case, "image"), store.read(case, "label")) for case in store.cases}
+    )
+    table = anatomy.class_table(CLASSES)
+    settings = {"foreground": 2 / 3, "foreground_classes": ("liver_lesion",), "threads": threads}
+    with make_loader(store, **settings) as loader:
+        for batch in islice(loader, 8):
+            assert (batch["label"][1:, 8, 6, 4] == 3).all()
+            for image, label in zip(batch["image"][..., 0], batch["label"], strict=True):
+                case, corner = find(whole, image)
+                slices = tuple(slice(c, c + n) for c, n in zip(corner, PATCH, strict=True))
+                if min(corner) >= 0 and (corner + PATCH <= whole.cases[case][0].shape).all():
+                    np.testing.assert_array_equal(label, table[whole.cases[case][1][slices]])
+
+
+def test_crops_of_a_real_scan(tmp_path, real_data):
+    scan = nibabel.load(real_data / "totalsegmentator" / "example_ct_sm.nii.gz")
+    organs = np.asarray(nibabel.load(real_data / "totalsegmentator" / "example_seg.nii.gz").dataobj)
+    label = np.zeros(organs.shape, np.uint8)
+    for number, name in {5: "liver", 2: "kidney_right", 3: "kidney_left"}.items():
+        label[organs == number] = anatomy.LABELS[name]
+    image = (np.clip(scan.get_fdata(dtype=np.float32), -175, 250) + 175) / 425
+    volumes.write_case(tmp_path, "real", image, label, (3.0, 3.0, 3.0))
+    sources = [(volumes.open_store(tmp_path), "real")]
+    # Taller than the scan's 30 slices.
+    with crops.loader(sources, CLASSES, (32, 32, 40), 2, foreground=0.5, seed=1) as loader:
+        batches = list(islice(loader, 60))
+    for batch in batches:
+        padding = batch["image"][0, :, :, :5, 0]
+        assert (padding == 0).all()
+        assert not batch["label"][0, :, :, :5].any()
+    # The organs are an eighth of the scan, and more of the crops that are centred on them.
+    share = np.mean([(batch["label"] > 0).mean((1, 2, 3)) for batch in batches], axis=0)
+    assert share[1] > 1.5 * share[0]
+    assert {int(c) for batch in batches for c in np.unique(batch["label"])} == {0, 1, 2}

@@ -8,7 +8,7 @@ batches, and processes that share a job each make their own rows of the same glo
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import grain.python as grain
 import numpy as np
@@ -32,7 +32,12 @@ class CropSource(Protocol):
 
     def record(self, case: str) -> Mapping[str, Any]: ...
 
-    def read(self, case: str, kind: str, slices: tuple[slice, ...] | None = None) -> np.ndarray: ...
+    def read(
+        self,
+        case: str,
+        kind: Literal["image", "label"],
+        slices: Sequence[slice] | None = None,
+    ) -> np.ndarray: ...
 
     def locations(self, case: str) -> Mapping[int, Int[np.ndarray, "n 3"]]: ...
 
