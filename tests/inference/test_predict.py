@@ -10,7 +10,6 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from configs.prediction import get_config
-from tumorjax import geometry
 from tumorjax.anatomy import LABELS
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv
@@ -295,19 +294,3 @@ def test_output_among_the_scans_and_folders_without_scans_are_refused(network, t
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="imagesTs"):
         predict.run(config_for(tmp_path / "empty", tmp_path / "out"), tmp_path / "work")
-
-
-def test_argmax_equals_that_of_all_classes_at_once(rng):
-    probabilities = rng.dirichlet(np.ones(5), (11, 9, 7)).astype(np.float32)
-    probabilities[..., 3] = 0.01 * rng.random((11, 9, 7))  # wins nowhere: left out
-    shape = (23, 8, 19)
-    every = [geometry.resample_to_shape(probabilities[..., c], shape, 1) for c in range(5)]
-    result = predict.argmax_on_grid(probabilities, shape)
-    np.testing.assert_array_equal(result, np.argmax(every, axis=0))
-
-
-def test_the_middle_is_the_bodys_not_the_volumes(rng):
-    image = np.zeros((100, 20, 10), np.float32)
-    image[60:80, 5:15] = rng.uniform(0.1, 1, (20, 10, 10))
-    assert predict.body_middle(image) == pytest.approx(0.7, abs=0.006)
-    assert predict.body_middle(np.zeros((5, 4, 3))) == 0.5

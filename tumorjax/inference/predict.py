@@ -1,8 +1,7 @@
 """The job "prediction": CT scans in, masks on the scans' own grids out.
 
 A scan goes the way that training scans went (RAS+, the network's spacing and window), through the
-sliding window, and back: class by class, with a running best, so that no more than one class is
-ever held at the scan's own resolution.
+sliding window, and back (native_grid.py).
 """
 
 import errno
@@ -22,15 +21,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from tumorjax.anatomy import LABELS, PAIRS, class_table, mirror_table
+from tumorjax.anatomy import mirror_table
 from tumorjax.errors import CaseError, UserError
 from tumorjax.files import check_case_id, write_csv_atomic, write_json_atomic
-from tumorjax.geometry import from_canonical, resample, resample_to_shape, spacing_of, to_canonical
+from tumorjax.geometry import from_canonical, resample, spacing_of, to_canonical
 from tumorjax.inference import sliding_window
+from tumorjax.inference.native_grid import Structure, native_labels, structures
 from tumorjax.nifti import ENDINGS, Scan, read_ct, write_mask
 from tumorjax.settings import first_difference, plain
 from tumorjax.training import checkpoints
@@ -39,22 +39,6 @@ FORMS = ("labels", "structures")
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Structure(NamedTuple):
-    """One value of the output.
-
-    Attributes:
-        name: of the label, or of the task's class where that unites several.
-        value: in a label map.
-        class_index: of the class in the network's output.
-        side: "left" or "right" where the class unites both sides of a pair, else "".
-    """
-
-    name: str
-    value: int
-    class_index: int
-    side: str
 
 
 class Prepared(NamedTuple):
@@ -242,93 +226,6 @@ def _rejected(case: str, error: BaseException) -> dict[str, str]:
         raise error
     reason = "not enough memory for this scan. Lower inference.batch_size, or use a larger machine"
     return {"case": case, "stage": "predict", "reason": f"{case}: {reason}"}
-
-
-# ---------------------------------------------------------------------------- masks
-
-
-def structures(classes: Mapping[str, Sequence[str]]) -> list[Structure]:
-    """Returns what the output tells apart, for a task's classes.
-
-    A class of one label has that label's name and id. A class that unites the two sides of a pair
-    (kidney) becomes both again, by the side of the body's middle that a voxel lies on. Any other
-    union keeps the class's name and takes the id of its first label.
-
-    Raises:
-        UserError: a label is unknown or in two classes.
-    """
-    class_table(classes)
-    table = []
-    for index, (name, labels) in enumerate(classes.items(), start=1):
-        pair = next((pair for pair in PAIRS if set(pair) == set(labels)), None)
-        if pair:
-            left, right = pair
-            table.append(Structure(left, LABELS[left], index, "left"))
-            table.append(Structure(right, LABELS[right], index, "right"))
-        else:
-            alone = len(labels) == 1
-            table.append(Structure(labels[0] if alone else name, LABELS[labels[0]], index, ""))
-    return table
-
-
-def native_labels(
-    probabilities: Float[np.ndarray, "x y z classes+1"],
-    image: Float[np.ndarray, "x y z"],
-    shape: tuple[int, int, int],
-    table: Sequence[Structure],
-) -> UInt8[np.ndarray, "x2 y2 z2"]:
-    """Returns the label map on another grid of the same extent.
-
-    Args:
-        probabilities: of background and the task's classes.
-        image: that they are of, [0, 1], to find the middle of the body in.
-        shape: of the grid wanted.
-        table: what the output tells apart.
-
-    Returns:
-        The most probable class of each voxel, after linear interpolation of the probabilities,
-        as the values of `table`.
-    """
-    winner = argmax_on_grid(probabilities, shape)
-    labels = np.zeros(shape, np.uint8)
-    middle = body_middle(image) * shape[0]
-    is_right = (np.arange(shape[0]) + 0.5 >= middle)[:, None, None]
-    sides = {"": np.array(True), "left": ~is_right, "right": is_right}
-    for structure in table:
-        where = (winner == structure.class_index) & sides[structure.side]
-        labels[where] = structure.value
-    return labels
-
-
-def argmax_on_grid(
-    probabilities: Float[np.ndarray, "x y z classes"], shape: tuple[int, int, int]
-) -> UInt8[np.ndarray, "x2 y2 z2"]:
-    """Returns the most probable class on another grid, with one class there at a time."""
-    classes = probabilities.shape[-1]
-    best = resample_to_shape(probabilities[..., 0], shape, 1)
-    winner = np.zeros(shape, np.uint8)
-    for index in range(1, classes):
-        # Interpolation never exceeds the values it lies between, and the best of n
-        # probabilities is at least 1/n: below that a class wins nowhere.
-        if probabilities[..., index].max() * classes < 0.999:
-            continue
-        one = resample_to_shape(probabilities[..., index], shape, 1)
-        better = one > best
-        winner[better] = index
-        np.copyto(best, one, where=better)
-    return winner
-
-
-def body_middle(image: Num[np.ndarray, "x y z"]) -> float:
-    """Returns where half of the body lies on either side, as a share of the x axis.
-
-    Args:
-        image: [0, 1]; the body is what is above 0 (air).
-    """
-    across = np.cumsum(np.count_nonzero(image > 0, axis=(1, 2)))
-    if across[-1] == 0:
-        return 0.5
-    return (int(np.searchsorted(across, across[-1] / 2)) + 0.5) / len(across)
 
 
 # ---------------------------------------------------------------------------- files
