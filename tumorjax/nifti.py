@@ -46,8 +46,12 @@ class Scan(NamedTuple):
     header: Any
 
 
-def read_ct(path: str | os.PathLike) -> Scan:
+def read_ct(path: str | os.PathLike, allow_channel: bool = False) -> Scan:
     """Reads a CT scan and checks that it can be one.
+
+    Args:
+        path: of the file.
+        allow_channel: accept a fourth axis of length 1, as some data sets have it.
 
     Raises:
         CaseError: the file is not readable to its end, not a 3D image of finite HU, or its affine
@@ -59,8 +63,8 @@ def read_ct(path: str | os.PathLike) -> Scan:
         if path.stat().st_size == 0:
             raise CaseError(name, "the file is empty", "Copy or convert it again")
         file = cast(nib.Nifti1Image, nib.load(path))
-        _check_kind(name, file)
-        _check_pixdim(name, file)
+        _check_kind(name, file, allow_channel)
+        check_pixdim(name, file)
         stored = cast(Any, file.dataobj)
         unscaled = (stored.slope, stored.inter) == (1, 0)
         stored_as_hu = unscaled and file.get_data_dtype().kind in "iu"
@@ -123,14 +127,14 @@ def write_mask(path: str | os.PathLike, mask: UInt8[np.ndarray, "i j k"], like: 
     write_bytes_atomic(path, gzip.compress(data, compresslevel=4, mtime=0))
 
 
-def _check_kind(name: str, file: Any) -> None:
+def _check_kind(name: str, file: Any, allow_channel: bool) -> None:
     if not isinstance(file, (nib.Nifti1Image, nib.Nifti2Image)):
         raise CaseError(name, f"a {type(file).__name__}, expected NIfTI", "Convert it to NIfTI")
     kind = file.get_data_dtype()
     if kind.fields is not None or kind.kind not in "iuf":
         what = "an RGB image" if kind.fields is not None else f"an image of {kind} values"
         raise CaseError(name, f"{what}, expected one number a voxel", "Give the CT itself")
-    if len(file.shape) != 3:
+    if len(file.shape) != 3 and not (allow_channel and file.shape[3:] == (1,)):
         shape = " x ".join(map(str, file.shape))
         raise CaseError(
             name, f"{len(file.shape)}D ({shape}), expected a 3D scan", "Give one phase a file"
@@ -139,7 +143,12 @@ def _check_kind(name: str, file: Any) -> None:
         raise CaseError(name, f"no voxels (shape {file.shape})", "Convert the scan again")
 
 
-def _check_pixdim(name: str, file: Any) -> None:
+def check_pixdim(name: str, file: Any) -> None:
+    """Checks that a NIfTI file's voxel sizes are positive numbers.
+
+    Raises:
+        CaseError: they are not.
+    """
     # Nibabel repairs a negative or zero voxel size while it reads, so the field is read unrepaired.
     with ImageOpener(file.get_filename()) as raw:
         header = type(file.header).from_fileobj(raw, check=False)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from tumorjax import anatomy
+from tumorjax.errors import UserError
 from tumorjax.evaluation.settings import complete_settings
 from tumorjax.evaluation.summary import CASE_COLUMNS
 from tumorjax.metrics.components import remove_small
@@ -90,6 +91,11 @@ def evaluate_tumors(
         raise ValueError(f"truth has shape {truth.shape}, prediction {prediction.shape}")
     if not tumors:
         return []
+    if UNION in tumors and len(tumors) > 1:
+        raise UserError(
+            f"a tumour class is called {UNION!r}, the name for all tumours together, and there are"
+            f" others ({', '.join(tumors)}). Rename it"
+        )
     values = np.unique(np.hstack(list(tumors.values())))
     score = None if probabilities is None else np.asarray(probabilities)
     box = bounding_box(np.isin(truth, values), np.isin(prediction, values))

@@ -168,11 +168,6 @@ def _tumors(config: ConfigDict, labels: Labels) -> Labels:
             f"config.tumors has {', '.join(missing)}, which is no label. Labels are"
             f" {', '.join(labels)}"
         )
-    if UNION in wanted and len(wanted) > 1:
-        raise UserError(
-            f"a label is called {UNION!r}, the name for all tumours together, and there are others."
-            " Rename it in dataset.json"
-        )
     if not wanted:
         print(
             f"none of the labels {', '.join(labels)} is known as a tumour: only summary.json will"

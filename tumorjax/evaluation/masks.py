@@ -15,8 +15,7 @@ from nibabel.spatialimages import HeaderDataError
 from tumorjax.anatomy import LABELS
 from tumorjax.errors import CaseError, UserError
 from tumorjax.geometry import check_affine, spacing_of, to_canonical
-
-_ENDINGS = (".nii.gz", ".nii")
+from tumorjax.nifti import ENDINGS, check_pixdim
 
 # Two grids are the same when their corners are no farther apart than this share of a voxel:
 # programs write affines with single precision and by way of quaternions.
@@ -34,7 +33,7 @@ def list_masks(folder: str | Path) -> dict[str, list[Path]]:
         raise UserError(f"{folder}: no such folder. Expected one NIfTI file per case in it")
     masks: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        ending = next((e for e in _ENDINGS if path.name.endswith(e)), None)
+        ending = next((e for e in ENDINGS if path.name.endswith(e)), None)
         if ending and not path.name.startswith("."):
             masks.setdefault(path.name.removesuffix(ending), []).append(path)
     if not masks:
@@ -127,6 +126,7 @@ def _read_mask(
 ) -> tuple[UInt8[np.ndarray, "i j k"], Float[np.ndarray, "4 4"]]:
     try:
         image = cast(nib.Nifti1Image, nib.load(path))
+        check_pixdim(str(path), image)
         data = np.asanyarray(image.dataobj)
         affine = np.asarray(image.affine, dtype=np.float64)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
