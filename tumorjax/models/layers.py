@@ -75,10 +75,15 @@ class InstanceNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x y z c"]:
         y = x.astype(jnp.float32)
-        mean = y.mean(axis=(1, 2, 3), keepdims=True)
-        variance = jnp.square(y - mean).mean(axis=(1, 2, 3), keepdims=True)
-        gain = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
-        return ((y - mean) * gain + self.bias[...]).astype(x.dtype)
+        centred = y - _voxel_mean(y)
+        gain = self.scale[...] * jax.lax.rsqrt(_voxel_mean(jnp.square(centred)) + self.epsilon)
+        return (centred * gain + self.bias[...]).astype(x.dtype)
+
+
+def _voxel_mean(x: Float[Array, "b x y z c"]) -> Float[Array, "b 1 1 1 c"]:
+    # Along z first: XLA:CPU sums one contiguous axis faster than three at once.
+    count = x.shape[1] * x.shape[2] * x.shape[3]
+    return (x.sum(axis=3).sum(axis=(1, 2)) / count)[:, None, None, None]
 
 
 class ConvNormAct(nnx.Module):

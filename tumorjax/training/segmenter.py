@@ -22,6 +22,7 @@ from tumorjax.clock import Clock
 from tumorjax.data import augmentation, crops
 from tumorjax.errors import UserError
 from tumorjax.files import write_json_atomic
+from tumorjax.settings import plain
 from tumorjax.training import checkpoints, loop, losses, schedules
 from tumorjax.volumes import Store, open_store
 
@@ -44,19 +45,15 @@ class Segmenter(NamedTuple):
 
 def section(config: ConfigDict) -> dict[str, Any]:
     """Returns the part of a job's configuration that a training depends on, as plain JSON."""
-    return {
-        name: json.loads(config[name].to_json_best_effort())
-        if isinstance(config[name], ConfigDict)
-        else config[name]
-        for name in SECTIONS
-    }
+    values = plain(config)
+    return {name: values[name] for name in SECTIONS}
 
 
 def make_segmenter(config: ConfigDict, mesh: Mesh) -> Segmenter:
     """Returns the compiled pieces for a configuration; equal ones share them."""
-    plain = section(config)
-    plain.pop("seed")
-    return _make_segmenter(json.dumps(plain), mesh)
+    values = section(config)
+    values.pop("seed")
+    return _make_segmenter(json.dumps(values), mesh)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,133 @@
+"""The cells of a study, and how threads and processes share them."""
+
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the study: so many annotated scans, with or without synthetic ones."""
+
+    arm: str
+    n_real: int
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Name of the cell's folder."""
+        return f"{self.arm}-n{self.n_real:04d}-s{self.seed}"
+
+
+def cells(settings: Mapping[str, Any]) -> list[Cell]:
+    """Returns the cells of a grid, seed by seed and from few scans to many.
+
+    Args:
+        settings: n_real, arms and seeds.
+    """
+    return [
+        Cell(arm, int(n_real), int(seed))
+        for seed in settings["seeds"]
+        for n_real in sorted(settings["n_real"])
+        for arm in settings["arms"]
+    ]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file; waits while another process holds it. A killed holder lets go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Holds a lock file if nobody else does; yields whether it was free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def share(
+    grid: Sequence[Cell],
+    folder: Path,
+    is_done: Callable[[Cell], bool],
+    work: Callable[[Cell, T], None],
+    places: Sequence[T],
+    poll_seconds: float = 2.0,
+) -> dict[Cell, Exception]:
+    """Has every cell done once, by this process and by whoever else works on the folder.
+
+    Each place (a mesh) is served by a thread of its own. A thread takes the first cell that is not
+    done and that no thread or process has claimed; when all are claimed it waits for those, since
+    a process that dies gives its cell back.
+
+    Args:
+        grid: all cells.
+        folder: holds a lock file for each cell.
+        is_done: whether a cell's results are complete on disk.
+        work: does a cell at a place.
+        places: where cells can be done side by side.
+        poll_seconds: how often to look again while others hold the last cells.
+
+    Returns:
+        the cells that failed here with their errors; they are not tried again.
+    """
+    failed: dict[Cell, Exception] = {}
+    mutex = threading.Lock()
+    stop = threading.Event()
+
+    def serve(place: T) -> None:
+        while not stop.is_set():
+            waiting = False
+            worked = False
+            for cell in grid:
+                if stop.is_set():
+                    return
+                if cell in failed or is_done(cell):
+                    continue
+                with claimed(folder / f".{cell.id}.lock") as free:
+                    if not free:
+                        waiting = True
+                        continue
+                    # Somebody may have finished it between the look and the claim.
+                    if cell in failed or is_done(cell):
+                        continue
+                    try:
+                        work(cell, place)
+                    except Exception as error:
+                        logging.getLogger(__name__).exception("cell %s failed", cell.id)
+                        with mutex:
+                            failed[cell] = error
+                    worked = True
+            if not waiting and not worked:
+                return
+            if waiting and not worked:
+                time.sleep(poll_seconds)
+
+    threads = [threading.Thread(target=serve, args=(place,), daemon=True) for place in places[1:]]
+    for thread in threads:
+        thread.start()
+    try:
+        serve(places[0])
+    except BaseException:
+        stop.set()
+        raise
+    for thread in threads:
+        thread.join()
+    return failed

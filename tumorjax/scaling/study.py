@@ -1,0 +1,264 @@
+"""The job "scaling": from scans to curves, laws and a report.
+
+Steps, each of which continues where it was stopped: prepare the store, split the cohort, make the
+synthetic scans, train and test every cell of the grid, gather results.csv, fit the laws, write the
+report. Several processes may be started on one workdir; they share the cells.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from data_prep.prepare import prepare
+from tumorjax import parallel
+from tumorjax.anatomy import class_table, tumor_classes
+from tumorjax.clock import Clock
+from tumorjax.data import cohort
+from tumorjax.errors import UserError
+from tumorjax.files import read_csv, write_csv_atomic, write_json_atomic
+from tumorjax.scaling import grid, laws, report
+from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
+from tumorjax.settings import first_difference, plain
+from tumorjax.synthesis.implant import make_store
+from tumorjax.volumes import Store, open_store
+
+# What may differ between two runs of one study: where it computes, not what.
+_FREE = ("mesh", "processes", "workers")
+_REJECTED_COLUMNS = ("case", "stage", "reason")
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    """Runs the study, or what is left of it.
+
+    Args:
+        config: see configs/scaling.py.
+        workdir: see the README for what it holds.
+
+    Returns:
+        0, or 1 if cases or cells were set aside (workdir/rejected.csv).
+
+    Raises:
+        UserError: the configuration cannot be run, or the workdir holds another study.
+    """
+    clock = Clock()
+    _check(config, workdir)
+    cells = grid.cells(config.grid)
+    folders = {cell: workdir / "cells" / cell.id for cell in cells}
+    if _finished(workdir):
+        print(f"{workdir}: already finished, see {workdir / 'report' / 'index.html'}")
+        return 1 if _rejected(workdir) else 0
+    mesh = parallel.make_mesh(config.mesh)
+    with clock("prepare"), grid.locked(workdir / ".prepare.lock"):
+        store, rejected = _prepare(config, workdir)
+    records = {case: store.record(case) for case in store.cases}
+    classes = config.task.classes
+    split = cohort.split(records, config.cohort, config.seed, classes)
+    n_reals = list(config.grid.n_real)
+    cohort.check_grid(split, records, n_reals, list(config.grid.arms), config.synthesis)
+    print(
+        f"{len(records)} scans: {len(split.train)} annotated and {len(split.healthy)} healthy to"
+        f" train on, {len(split.id_test)} in-distribution and {len(split.ood_test)}"
+        " out-of-distribution to test on"
+    )
+    synthetic_store, implants = None, []
+    if "real+synthetic" in config.grid.arms:
+        with clock("synthesize"), grid.locked(workdir / ".synthesize.lock"):
+            implants = cohort.plan_synthetic(
+                split,
+                records,
+                config.synthesis.per_real * max(n_reals),
+                config.synthesis,
+                config.seed,
+            )
+            url = config.synthesis.store or str(workdir / "synthetic")
+            rejected += make_store(store, url, implants, config.synthesis, progress=_bar("implant"))
+            synthetic_store = open_store(url)
+    tests = [("id", case) for case in split.id_test] + [("ood", case) for case in split.ood_test]
+
+    def scans_of(cell: grid.Cell) -> Scans:
+        synthetic: list[str] = []
+        if cell.arm == "real+synthetic" and synthetic_store is not None:
+            made = set(synthetic_store.cases)
+            wanted = implants[: config.synthesis.per_real * cell.n_real]
+            synthetic = [implant.name for implant in wanted if implant.name in made]
+        real = cohort.subset(split, records, cell.n_real, cell.seed)
+        return Scans(store, real, synthetic_store, synthetic, tests)
+
+    progress = _Progress(cells, lambda cell: is_done(folders[cell]))
+
+    def work(cell: grid.Cell, place: Mesh) -> None:
+        folders[cell].mkdir(parents=True, exist_ok=True)
+        run_cell(cell, config, scans_of(cell), folders[cell], place, clock, progress.training(cell))
+        progress.done(cell, json.loads((folders[cell] / "results.json").read_text()))
+
+    failed = grid.share(
+        cells,
+        workdir / "cells",
+        lambda cell: is_done(folders[cell]),
+        work,
+        parallel.split_cells(mesh),
+    )
+    rejected += [
+        {"case": cell.id, "stage": "cell", "reason": f"{type(error).__name__}: {error}"}
+        for cell, error in failed.items()
+    ]
+    with grid.locked(workdir / ".report.lock"):
+        if not _finished(workdir):
+            _gather(config, workdir, folders, rejected, clock)
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
+    print(f"time: {seconds}; in all {clock.total():.0f} s")
+    print(f"report: {workdir / 'report' / 'index.html'}")
+    if rejected:
+        print(f"{len(rejected)} set aside, see {workdir / 'rejected.csv'}")
+    if failed and len(failed) == len(cells):
+        raise UserError(f"no cell could be trained. {next(iter(failed.values()))}")
+    return 1 if rejected else 0
+
+
+def _check(config: ConfigDict, workdir: Path) -> None:
+    """Refuses what cannot be run before anything is made, and keeps the study's configuration."""
+    if jax.process_count() > 1 or config.processes.coordinator:
+        raise UserError(
+            "a study's processes work on their own: start several on one workdir, without"
+            " processes.coordinator"
+        )
+    class_table(config.task.classes)
+    if not tumor_classes(config.task.classes):
+        raise UserError("task.classes has no tumour. Add one, for instance liver_lesion")
+    unknown = sorted(set(config.grid.arms) - set(cohort.ARMS))
+    if unknown or not config.grid.arms or not config.grid.n_real or not config.grid.seeds:
+        raise UserError(
+            f"grid has arms {list(config.grid.arms)}, n_real {list(config.grid.n_real)} and seeds"
+            f" {list(config.grid.seeds)}. Expected arms among {', '.join(cohort.ARMS)}, and at"
+            " least one of each"
+        )
+    if not config.data.store and not config.data.root and config.data.source != "virtual":
+        raise UserError(
+            f"data.root is empty. Give the folder of the {config.data.source} scans, or data.store"
+        )
+    path = workdir / "config.json"
+    wanted = {key: value for key, value in plain(config).items() if key not in _FREE}
+    with grid.locked(workdir / ".config.lock"):
+        if path.is_file():
+            known = {k: v for k, v in json.loads(path.read_text()).items() if k not in _FREE}
+            difference = first_difference(known, wanted)
+            if difference:
+                raise UserError(
+                    f"{workdir} holds a study with other settings: {difference}."
+                    " Use its settings, or another --workdir"
+                )
+        else:
+            write_json_atomic(path, plain(config))
+
+
+def _prepare(config: ConfigDict, workdir: Path) -> tuple[Store, list[dict[str, Any]]]:
+    """Opens the store that the config names, or makes the study's own."""
+    if config.data.store:
+        return open_store(config.data.store), []
+    url = str(workdir / "store")
+    source_settings = config.virtual.to_dict() if config.data.source == "virtual" else {}
+    rejected = prepare(
+        config.data.source,
+        config.data.root or str(workdir / "scans"),
+        url,
+        config.preparation | {"source_settings": source_settings},
+        workdir,
+        workers=config.workers,
+    )
+    return open_store(url), list(rejected)
+
+
+def _gather(
+    config: ConfigDict,
+    workdir: Path,
+    folders: Mapping[grid.Cell, Path],
+    rejected: list[dict[str, Any]],
+    clock: Clock,
+) -> None:
+    rows: list[dict[str, Any]] = []
+    for folder in folders.values():
+        if is_done(folder):
+            rows += json.loads((folder / "results.json").read_text())
+    write_csv_atomic(workdir / "rejected.csv", rejected, _REJECTED_COLUMNS)
+    if not rows:
+        return
+    with clock("laws"):
+        write_csv_atomic(workdir / "results.csv", rows, RESULT_COLUMNS)
+        cases = {
+            cell.id: read_csv(folder / "cases.csv")
+            for cell, folder in folders.items()
+            if is_done(folder)
+        }
+        write_json_atomic(workdir / "laws.json", laws.analyse(rows, config.laws, cases=cases))
+    timing = {name: round(value, 1) for name, value in clock.seconds.items()}
+    write_json_atomic(workdir / "timing.json", timing | {"total": round(clock.total(), 1)})
+    with clock("report"):
+        report.write(workdir, config)
+    # The report shows the time up to itself; the file that stays has it all.
+    timing = {name: round(value, 1) for name, value in clock.seconds.items()}
+    write_json_atomic(workdir / "timing.json", timing | {"total": round(clock.total(), 1)})
+    if all(is_done(folder) for folder in folders.values()):
+        write_json_atomic(workdir / "done.json", {"cells": [cell.id for cell in folders]})
+
+
+def _finished(workdir: Path) -> bool:
+    return (workdir / "done.json").is_file()
+
+
+def _rejected(workdir: Path) -> bool:
+    path = workdir / "rejected.csv"
+    return path.is_file() and bool(read_csv(path))
+
+
+def _bar(name: str):
+    """Returns a progress callback (done, total) that draws a bar on a terminal."""
+    bar = tqdm(unit=name, disable=None)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return show
+
+
+class _Progress:
+    """Tells how far the grid is, and how long it will take."""
+
+    def __init__(self, cells: list[grid.Cell], is_done) -> None:
+        self.cells = cells
+        self.is_done = is_done
+        self.start = time.perf_counter()
+        self.done_before = sum(map(is_done, cells))
+
+    def training(self, cell: grid.Cell):
+        bar = tqdm(desc=cell.id, unit="step", disable=None, leave=False)
+
+        def show(step: int, row: Mapping[str, float]) -> None:
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        return show
+
+    def done(self, cell: grid.Cell, lines: list[dict[str, Any]]) -> None:
+        count = sum(map(self.is_done, self.cells))
+        elapsed = time.perf_counter() - self.start
+        left = elapsed / max(1, count - self.done_before) * (len(self.cells) - count)
+        scores = ", ".join(
+            f"{line['split']} DSC {line['dsc']:.1f}"
+            for line in lines
+            if line["class"] == "tumor" and line["dsc"] is not None
+        )
+        print(
+            f"cell {count}/{len(self.cells)} {cell.id}: {scores or 'nothing to measure'};"
+            f" about {left / 60:.0f} min left",
+            flush=True,
+        )
