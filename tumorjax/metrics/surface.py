@@ -10,9 +10,9 @@ an element to the other surface is that to its nearest element. Two things diffe
   transform of the whole box, since a box has many more voxels than surface elements. Where elements
   fill the box (noise) the distance transform is cheaper and takes over.
 
-It runs on the host: a case has another box than the one before, so a compiled kernel would be
-compiled anew or pad to the next larger box, and either takes longer than the tree's few
-milliseconds.
+It runs on the host. The bounded separable transform as a jitted kernel was measured on CPU beside
+the tree (balls in boxes of 32^3 to 128^3): the same speed once compiled, but 0.45 s of compiling
+for each shape, and in single precision a distance equal to the tolerance may fall on either side.
 """
 
 import functools
