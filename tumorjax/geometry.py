@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import nibabel.orientations as orientations
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped, UInt8
+from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
 from tumorjax.errors import UserError
@@ -28,6 +29,8 @@ Shape = tuple[int, int, int]
 
 # Output voxels per band of an axis: wide enough for BLAS, narrow enough that few weights are zero.
 _BAND = 32
+# What a 12-bit scanner can tell apart.
+_SCANNER_HU = (-1024, 3071)
 # Voxels of the slab that is worked on; float32, two or three of them at a time.
 _SLAB_VOXELS = 4_000_000
 
@@ -377,6 +380,42 @@ def _memory_order(array: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return memory, tuple(int(axis) for axis in np.argsort(memory))
 
 
+def prepare_image(
+    image: Num[np.ndarray, "x y z"],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    window: Sequence[float],
+    order: int = 3,
+) -> Float[np.ndarray, "x2 y2 z2"]:
+    """Makes a scan what networks are trained on: resampled, clipped to a window, scaled to [0, 1].
+
+    Before resampling, HU are limited to those of a 12-bit scanner, -1024 to 3071: the padding and
+    the metal beyond (-32768, 30000) would ring into the tissue beside them.
+
+    Args:
+        image: HU [x, y, z].
+        spacing: its voxel size, mm.
+        new_spacing: the one wanted, mm; see `resample`.
+        window: HU that become 0 and 1.
+        order: 1 for linear, 3 for cubic.
+
+    Returns:
+        float32 in [0, 1].
+
+    Raises:
+        UserError: a spacing is not positive, or the order is unknown.
+    """
+    if image.min() < _SCANNER_HU[0] or image.max() > _SCANNER_HU[1]:
+        image = np.clip(image, *_SCANNER_HU)
+    low, high = float(window[0]), float(window[1])
+    resampled = resample(image, spacing, new_spacing, order)
+    np.clip(resampled, low, high, out=resampled)
+    resampled -= np.float32(low)
+    resampled *= np.float32(1 / (high - low))
+    # Rounding may end a hair above 1.
+    return np.minimum(resampled, 1, out=resampled)
+
+
 # ---------------------------------------------------------------------------- labels
 
 
@@ -426,9 +465,7 @@ def _resample_classes(
     best = np.zeros(new, np.uint8)
     total = np.zeros(new, np.uint8)
     thin_parts = []
-    values = np.unique(source)
-    for value in values[values != 0]:
-        box = _box(source == value)
+    for value, box in label_boxes(source).items():
         mask = source[box] == value
         where, share = _share(mask, box, matrices)
         share = np.floor(share * 255 + 0.5).astype(np.uint8)
@@ -462,6 +499,15 @@ def _strengths(
     inside = ((voxels >= low) & (voxels <= high)).all(axis=1)
     at = tuple((np.clip(voxels, low, high) - low).T)
     return voxels, np.maximum(np.where(inside, share[at], 0), 1).astype(np.uint8)
+
+
+def label_boxes(labels: Num[np.ndarray, "x y z"]) -> dict[int, tuple[slice, ...]]:
+    """Returns label -> bounding box of its voxels, for the labels that are there, 0 left out."""
+    if labels.dtype.kind in "iu" and labels.itemsize <= 2 and labels.min() >= 0:
+        # One pass for all labels.
+        boxes = ndimage.find_objects(labels)
+        return {value: box for value, box in enumerate(boxes, start=1) if box is not None}
+    return {value: _box(labels == value) for value in np.unique(labels).tolist() if value}
 
 
 def _containing(old: int, new: int) -> Float[np.ndarray, "new old"]:

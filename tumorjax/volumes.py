@@ -35,6 +35,7 @@ from scipy import ndimage
 from tumorjax import anatomy
 from tumorjax.errors import CaseError, UserError
 from tumorjax.files import check_case_id
+from tumorjax.geometry import label_boxes
 from tumorjax.metrics.components import label_components
 from tumorjax.metrics.detection import longest_inplane, sphere_radius
 
@@ -309,6 +310,13 @@ def write_case(
     return record
 
 
+def remove_case(url: str | os.PathLike, case: str) -> None:
+    """Takes a case out of a store; its record goes first, so it is gone at once or not at all."""
+    root = _open_values(str(url))
+    root.write(f"cases/{check_case_id(case)}/case.json", None).result()
+    _remove(root, f"cases/{case}/")
+
+
 def tumor_instances(
     label: UInt8[np.ndarray, "x y z"], spacing: Sequence[float]
 ) -> list[dict[str, Any]]:
@@ -325,13 +333,17 @@ def tumor_instances(
     """
     tumors: list[dict[str, Any]] = []
     voxel = float(np.prod(spacing))
+    boxes = label_boxes(label)
     for name, number in anatomy.TUMORS.items():
-        components, count = label_components(label == number)
+        if number not in boxes:
+            continue
+        corner = [side.start for side in boxes[number]]
+        components, _ = label_components(label[boxes[number]] == number)
         found: list[dict[str, Any]] = []
         for index, box in enumerate(ndimage.find_objects(components), start=1):
             mask: Bool[np.ndarray, "a b c"] = components[box] == index
             where = np.argwhere(mask)
-            center = where.mean(axis=0) + [side.start for side in box]
+            center = where.mean(axis=0) + [side.start for side in box] + corner
             found.append(
                 {
                     "class": name,
@@ -379,7 +391,6 @@ def _make_record(
     meta: Mapping[str, Any],
     token: str,
 ) -> dict[str, Any]:
-    present = np.flatnonzero(np.bincount(label.ravel(order="K"), minlength=1))
     record: dict[str, Any] = {
         "case": case,
         "patient": case,
@@ -394,7 +405,7 @@ def _make_record(
         "token": token,
         "shape": [int(n) for n in label.shape],
         "spacing": [float(s) for s in spacing],
-        "labels": [anatomy.NAMES[int(number)] for number in present if number],
+        "labels": [anatomy.NAMES[number] for number in label_boxes(label)],
         "tumors": tumor_instances(label, spacing),
     }
     # As it will be read back: lists for tuples, text for keys.

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from tumorjax.anatomy import mirror_table
 from tumorjax.errors import CaseError, UserError
 from tumorjax.files import check_case_id, write_csv_atomic, write_json_atomic
-from tumorjax.geometry import from_canonical, resample, spacing_of, to_canonical
+from tumorjax.geometry import from_canonical, prepare_image, spacing_of, to_canonical
 from tumorjax.inference import sliding_window
 from tumorjax.inference.native_grid import Structure, native_labels, structures
 from tumorjax.nifti import ENDINGS, Scan, read_ct, write_mask
@@ -192,13 +192,8 @@ def prepare_scan(
     """
     scan = read_ct(path)
     image, affine = to_canonical(scan.image, scan.affine)
-    low, high = window
-    resampled = resample(image, spacing_of(affine), spacing)
-    np.clip(resampled, low, high, out=resampled)
-    resampled -= low
-    resampled /= high - low
     x, y, z = image.shape
-    return Prepared(scan, (x, y, z), resampled)
+    return Prepared(scan, (x, y, z), prepare_image(image, spacing_of(affine), spacing, window))
 
 
 def _stem(path: Path, source: Path) -> str:
