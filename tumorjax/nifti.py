@@ -103,27 +103,32 @@ def read_ct(path: str | os.PathLike, allow_channel: bool = False) -> Scan:
 
 
 def write_mask(path: str | os.PathLike, mask: UInt8[np.ndarray, "i j k"], like: Any) -> None:
-    """Writes a mask onto the grid of a scan, whole or not at all.
+    """Writes a mask onto the grid of a scan, see `write_image`."""
+    write_image(path, np.asarray(mask, np.uint8), like)
+
+
+def write_image(path: str | os.PathLike, image: Num[np.ndarray, "i j k"], like: Any) -> None:
+    """Writes a volume onto the grid of a scan, whole or not at all, in the array's own type.
 
     Codes, units and both affines are the scan's to the bit. Text fields and extensions stay
-    behind: they may name a patient. Equal masks make equal files.
+    behind: they may name a patient. Equal volumes make equal files.
 
     Args:
         path: ending in .nii.gz.
-        mask: axes as in the scan's file.
+        image: axes as in the scan's file.
         like: the scan's NIfTI header.
 
     Raises:
         UserError: there is no space left to write to.
     """
     header = type(like)()
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(mask.shape)
+    header.set_data_dtype(image.dtype)
+    header.set_data_shape(image.shape)
     header["pixdim"][:4] = like["pixdim"][:4]
     for field in _GRID_FIELDS:
         header[field] = like[field]
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    data = kind(np.asarray(mask, np.uint8), None, header).to_bytes()
+    data = kind(image, None, header).to_bytes()
     write_bytes_atomic(path, gzip.compress(data, compresslevel=4, mtime=0))
 
 

@@ -243,6 +243,54 @@ def _check(image, organ_mask, exclude, blocked, size, count, case) -> None:
             )
 
 
+def implant_in_one(
+    key: PRNGKeyArray,
+    image: Float[np.ndarray, "x y z"],
+    organ_masks: Sequence[Bool[np.ndarray, "x y z"]],
+    spacing: tuple[float, float, float],
+    size: str | float,
+    synthesizer: Synthesizer,
+    *,
+    exclude: Bool[np.ndarray, "x y z"] | None = None,
+    blocked: Bool[np.ndarray, "x y z"] | None = None,
+    count: int | None = None,
+    case: str = "scan",
+) -> tuple[Float[np.ndarray, "x y z"], Bool[np.ndarray, "x y z"]]:
+    """Puts tumours into one of an organ's parts, such as one of two kidneys; see `implant`.
+
+    The key says which part is tried first; another is taken only where that has no place.
+
+    Raises:
+        CaseError: the organ is absent or has no place for the size.
+        UserError: see `implant`.
+    """
+    order = list(range(len(organ_masks)))
+    generator(jax.random.fold_in(key, 0)).shuffle(order)
+    failure: CaseError | None = None
+    for index in order:
+        mask = organ_masks[index]
+        try:
+            return implant(
+                jax.random.fold_in(key, 1),
+                image,
+                mask,
+                spacing,
+                size,
+                synthesizer,
+                exclude=exclude,
+                blocked=None if blocked is None else blocked & ~mask,
+                count=count,
+                case=case,
+            )
+        except CaseError as error:
+            # Of an absent kidney and one that is too small the latter says more.
+            if failure is None or isinstance(error, OrganTooSmall):
+                failure = error
+    raise failure or CaseError(
+        case, f"there is no mask of the {synthesizer.organ}", "Give a scan with one"
+    )
+
+
 def make_store(
     real: volumes.Store,
     out_url: str,
@@ -378,46 +426,38 @@ def _make_case(
     spacing = tuple(record["spacing"])
     is_tumor = label > max(anatomy.ORGANS.values())
     organ = anatomy.HOST[plan.tumor]
-    sides = [anatomy.LABELS[name] for name in anatomy.organ_labels(organ)]
-    key = jax.random.key(plan.seed)
-    # Of two kidneys the one that the key names, and the other only if it has no place.
-    generator(jax.random.fold_in(key, 0)).shuffle(sides)
+    parts = [label == anatomy.LABELS[name] for name in anatomy.organ_labels(organ)]
+    synthesizer = _synthesizer(organ, settings)
     failure: CaseError | None = None
-    sizes = shapes.SIZES[shapes.SIZES.index(plan.size) :: -1]
-    for size in sizes:
-        for side in sides:
-            mask = label == side
-            try:
-                made, tumor = implant(
-                    jax.random.fold_in(key, 1),
-                    image,
-                    mask,
-                    spacing,
-                    size,
-                    _synthesizer(organ, settings),
-                    exclude=is_tumor,
-                    blocked=(label > 0) & ~mask,
-                    case=plan.case,
-                )
-            except CaseError as error:
-                # The reason for the size that was asked for says most.
-                failure = failure or error
-                continue
-            # Only what changed is scaled anew, so that all else stays as it was stored.
-            changed = made != image
-            scaled[changed] = np.clip((made[changed] - low) / (high - low), 0, 1)
-            label[tumor] = anatomy.LABELS[plan.tumor]
-            meta = {name: record.get(name) for name in ("patient", "site", "source", "original")}
-            meta["synthetic"] = {**request, "size": size}
-            volumes.write_case(out_url, plan.name, scaled, label, spacing, meta)
-            if size != plan.size:
-                logging.getLogger(__name__).info(
-                    "%s: %s has no place for a %s tumour, made a %s one",
-                    plan.name,
-                    plan.case,
-                    plan.size,
-                    size,
-                )
-            return
-    assert failure is not None
-    raise failure
+    for size in shapes.SIZES[shapes.SIZES.index(plan.size) :: -1]:
+        try:
+            made, tumor = implant_in_one(
+                jax.random.key(plan.seed),
+                image,
+                parts,
+                spacing,
+                size,
+                synthesizer,
+                exclude=is_tumor,
+                blocked=label > 0,
+                case=plan.case,
+            )
+            break
+        except CaseError as error:
+            # The reason for the size that was asked for says most.
+            failure = failure or error
+    else:
+        assert failure is not None
+        raise failure
+    if size != plan.size:
+        logging.getLogger(__name__).info(
+            "%s: %s has no place for a %s tumour, made a %s one",
+            *(plan.name, plan.case, plan.size, size),
+        )
+    # Only what changed is scaled anew, so that all else stays as it was stored.
+    changed = made != image
+    scaled[changed] = np.clip((made[changed] - low) / (high - low), 0, 1)
+    label[tumor] = anatomy.LABELS[plan.tumor]
+    meta = {name: record.get(name) for name in ("patient", "site", "source", "original")}
+    meta["synthetic"] = {**request, "size": size}
+    volumes.write_case(out_url, plan.name, scaled, label, spacing, meta)
