@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,12 @@ JOBS = {
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
 }
+
+USAGE = f"""tumorjax --config=configs/JOB.py[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]
+
+JOB is one of {", ".join(JOBS)}. Its config file says what it does, its variants and its
+keys. Results go to DIR (default runs/JOB); run again, a job goes on where it stopped.
+Exit codes: 0 all done; 1 finished, with cases set aside (DIR/rejected.csv); 2 wrong use."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT if any.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; default runs/JOB.")
@@ -42,6 +49,9 @@ def main(argv: list[str]) -> int:
 
 def entry() -> None:
     """Runs a job. Exit code 0: done; 1: done, some cases set aside; 2: wrong use, in one line."""
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        print(USAGE)
+        return
     absl_logging.set_verbosity(absl_logging.INFO)
     logging.getLogger("distributed").setLevel(logging.ERROR)
     try:
@@ -53,11 +63,41 @@ def entry() -> None:
 
 def _parse(arguments: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # A config key that does not exist surfaces as one of these while flags are read.
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{first} (see the config file for the keys there are)") from error
+        rest = flags.FLAGS(arguments)
+        _CONFIG.value.get("job")  # A file that cannot be read is noticed only now.
+    except Exception as error:  # A config file is Python: it can raise anything.
+        raise UserError(_explain(error, arguments)) from error
+    return rest
+
+
+def _explain(error: Exception, arguments: list[str]) -> str:
+    """Returns in one line what is wrong with the command line or the config file."""
+    # Errors of nested keys are quoted once more on each level.
+    text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\", "")
+    lines = [line.strip(" .") for line in text.splitlines() if line.strip(" .")] or [repr(error)]
+    config = re.search(r"(?:^|\n)--?config[=\n]([^\n:]*)", "\n".join(arguments))
+    if not config:
+        return f"--config is missing. Give --config=configs/JOB.py, JOB one of {', '.join(JOBS)}"
+    path = config[1]
+    if not Path(path).is_file():
+        return f"{path}: no such config file. Give --config=configs/JOB.py"
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    if "Error whilst parsing" in lines[0]:
+        # What get_config raised is at the end of the trace that is quoted here.
+        if "takes 0 positional arguments" in lines[-1]:
+            return f"{path} has no variants. Leave out what follows the colon"
+        return f"{path}: {lines[-1].removeprefix('ValueError: ')}"
+    if isinstance(error, (KeyError, AttributeError)) and (
+        key := re.match(r"['\"]+(\w+)", lines[0])
+    ):
+        settings = (argument.lstrip("-").split("=")[0] for argument in arguments)
+        where = next((name for name in settings if key[1] in name.split(".")), key[1])
+        guess = lines[1].rstrip("'\"") if len(lines) > 1 else f"{path} shows those that there are"
+        return f"there is no config key {where}. {guess}"
+    if isinstance(error, flags.Error):
+        return f"{lines[0]}. Settings are given as --config.key=value, see {path}"
+    return f"{path}: {lines[0]}"
 
 
 if __name__ == "__main__":
