@@ -29,6 +29,11 @@ Shape = tuple[int, int, int]
 
 # Output voxels per band of an axis: wide enough for BLAS, narrow enough that few weights are zero.
 _BAND = 32
+# A voxel of a thin structure is drawn if its share is at least this part of the largest beside it.
+# Measured on planes and lines of 1 to 2.6 voxels at random angles, shrunk 1.5 to 2 times: at 0.4
+# planes keep 1.1 to 1.6 times their volume in one piece, lines of 2.6 voxels 1.1 to 1.3 times; with
+# all touched voxels drawn (0) it is 1.4 to 2.3 times, at 0.6 lines fall apart.
+_RIDGE = 0.4
 # What a 12-bit scanner can tell apart.
 _SCANNER_HU = (-1024, 3071)
 # Voxels of the slab that is worked on; float32, two or three of them at a time.
@@ -428,10 +433,9 @@ def resample_labels(
     the largest share wins. That loses structures which are thinner than a voxel, vessels and walls
     foremost, since they rarely have the largest share anywhere. Parts of a class that are too thin
     to be sure to win (what opening the class with a box of the new voxel's size removes, beyond
-    the rounded-off rim of its thick parts) are therefore drawn voxel by voxel on top: a new voxel
-    gets the class when it holds the centre of a thin voxel or has its own centre in one. So they
-    stay, connected as before, and at most about a new voxel thick; of two thin classes the one with
-    the larger share is drawn.
+    the rounded-off rim of its thick parts) are therefore drawn on top, along the voxels in which
+    they have the largest share of their surroundings. So they stay, connected or nearly so, about
+    one new voxel thick; of two thin classes the one with the larger share is drawn.
 
     Args:
         labels: volume [x, y, z] of integers or booleans; 0 is background.
@@ -477,7 +481,8 @@ def _resample_classes(
         if thin.any():
             corner, drawn = _share(thin, box, contains)
             voxels = np.argwhere(drawn > 0) + [side.start for side in corner]
-            thin_parts.append((value, *_strengths(voxels, where, share)))
+            strength, ridge = _strengths(voxels, where, share)
+            thin_parts.append((value, voxels[ridge], strength[ridge]))
     # Background is the rest; between equals the foreground wins.
     output[best < 255 - total] = 0
     best[...] = 0
@@ -492,13 +497,20 @@ def _strengths(
     voxels: Int[np.ndarray, "n 3"],
     where: tuple[slice, ...],
     share: UInt8[np.ndarray, "a b c"],
-) -> tuple[Int[np.ndarray, "n 3"], UInt8[np.ndarray, " n"]]:
-    """Returns the voxels and their share of the class; at least 1, so that each can be drawn."""
+) -> tuple[UInt8[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Returns a class' share of each voxel, at least 1, and whether that is near the largest about.
+
+    A thin structure that lies across two voxels has a small share of both. Where one of its
+    neighbours has a much larger one, a voxel is left out: drawn as well it would make the structure
+    thicker and not better connected.
+    """
     low = np.array([side.start for side in where])
     high = np.array([side.stop for side in where]) - 1
     inside = ((voxels >= low) & (voxels <= high)).all(axis=1)
     at = tuple((np.clip(voxels, low, high) - low).T)
-    return voxels, np.maximum(np.where(inside, share[at], 0), 1).astype(np.uint8)
+    strength = np.maximum(np.where(inside, share[at], 0), 1).astype(np.uint8)
+    largest = ndimage.maximum_filter(share, 3)[at]
+    return strength, strength >= _RIDGE * np.where(inside, largest, 0)
 
 
 def label_boxes(labels: Num[np.ndarray, "x y z"]) -> dict[int, tuple[slice, ...]]:
