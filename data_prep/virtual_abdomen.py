@@ -39,7 +39,7 @@ from tumorjax.errors import UserError
 from tumorjax.files import write_csv_atomic, write_json_atomic
 
 # Part of the settings' hash: raised when the same settings give other scans.
-_VERSION = 2
+_VERSION = 3
 _SETTINGS_FILE = ".virtual.json"
 
 

@@ -66,7 +66,7 @@ def _liver(draw: Draw) -> list[Structure]:
     )
     tip = ball(right + draw.near((22, 0, -66), 6), draw.size((24, 40, 50), 0.15))
     # Where the right kidney and adrenal lie against it.
-    bed = ball((46, -6, 16), (52, 36, 72), rotation(-10, 14, 0))
+    bed = ball((48, -8, 12), (48, 32, 64), rotation(-10, 14, 0))
     # The lower face looks down, back and left.
     normal = draw.near((-0.42, -0.40, -0.80), 0.06)
     normal /= np.linalg.norm(normal)
@@ -105,8 +105,8 @@ def _liver(draw: Draw) -> list[Structure]:
                     ([branch, aside], [3.2, 1.6]),
                 )
             ]
-    bladder = ball(draw.near((66, 80, 4), 5), draw.size((14, 19, 27), 0.2), draw.turn(-25, 15, 0))
-    parts.append(Structure("gall_bladder", bladder, hollow(1.5, "fluid", 900), 1.0, 1.0))
+    bladder = ball(draw.near((66, 80, 4), 5), draw.size((14, 19, 27), 0.12), draw.turn(-25, 15, 0))
+    parts.append(Structure("gall_bladder", bladder, hollow(1.5, "fluid", 900), 0.7, 1.0))
     return parts
 
 
@@ -185,7 +185,7 @@ def _glands(draw: Draw) -> list[Structure]:
         fine = canvas.fields["fine"][part]
         return values["pancreas"] + 5 * fine - 45 * np.clip(fine - 1.0, 0, 1.5)
 
-    parts = [Structure("pancreas", pancreas, lobulated, 2.5, 2.0, "cavity")]
+    parts = [Structure("pancreas", pancreas, lobulated, 1.7, 2.0, "cavity")]
     for side, name in ((-1, "adrenal_gland_left"), (1, "adrenal_gland_right")):
         top = draw.near((side * 34, 12, 64), 3)
         limbs = together(
@@ -266,7 +266,7 @@ def _small_bowel(draw: Draw) -> list[Structure]:
     lower, upper = np.array([-100, 48, -190]), np.array([88, 104, 4])
     parts = []
     contents = ("fluid", "contrast", "fluid") if rng.random() < 0.4 else ("fluid", "fluid", "fluid")
-    for content in contents * 2:
+    for content in contents * 3:
         # A curve that turns slowly and is thrown back by the sides of its box.
         place, heading = rng.uniform(lower, upper), rng.normal(0, 1, 3)
         path = []
