@@ -94,6 +94,19 @@ def test_synthetic_cases_hold_the_tumour_and_otherwise_the_healthy_scan(real, tm
         assert 425 * float(np.mean(after[organ] - before[organ])) < -15
 
 
+def test_tumours_of_the_liver_grow_over_its_vessels(real, tmp_path):
+    image, label = real.read("BDMAP_1", "image"), real.read("BDMAP_1", "label")
+    vessels = (label == anatomy.LABELS["liver"]) & (np.indices(label.shape)[1] % 6 == 0)
+    label[vessels] = anatomy.LABELS["hepatic_vessel"]
+    volumes.write_case(real.url, "vessels", image, label, SPACING)
+    make_store(real, tmp_path / "syn", plan(("vessels", "liver_lesion", "medium")), SETTINGS)
+    store = volumes.open_store(tmp_path / "syn")
+    tumor = store.read("syn0", "label") == anatomy.LABELS["liver_lesion"]
+    assert (tumor & vessels).any()
+    assert len(store.record("syn0")["tumors"]) == 1
+    np.testing.assert_array_equal(ndimage.binary_fill_holes(tumor), tumor)
+
+
 def test_both_kidneys_are_used(real, tmp_path):
     implants = plan(*[("BDMAP_1", "kidney_lesion", "small")] * 8)
     make_store(real, tmp_path / "syn", implants, SETTINGS)

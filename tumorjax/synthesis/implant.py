@@ -25,6 +25,9 @@ from tumorjax.synthesis import shapes, texture
 from tumorjax.synthesis.placement import OrganTooSmall, organ_box, place
 from tumorjax.synthesis.texture import generator
 
+# Labels that lie inside an organ and hide it in a label map: to tumours they are the organ.
+_INSIDE = {"liver": ("hepatic_vessel",)}
+
 
 class Render(Protocol):
     """Draws one tumour into a crop: what a synthesizer is about."""
@@ -426,7 +429,10 @@ def _make_case(
     spacing = tuple(record["spacing"])
     is_tumor = label > max(anatomy.ORGANS.values())
     organ = anatomy.HOST[plan.tumor]
-    parts = [label == anatomy.LABELS[name] for name in anatomy.organ_labels(organ)]
+    within = [anatomy.LABELS[name] for name in _INSIDE.get(organ, ())]
+    parts = [
+        np.isin(label, [anatomy.LABELS[name], *within]) for name in anatomy.organ_labels(organ)
+    ]
     synthesizer = _synthesizer(organ, settings)
     failure: CaseError | None = None
     for size in shapes.SIZES[shapes.SIZES.index(plan.size) :: -1]:

@@ -215,8 +215,10 @@ def _synthesize(
     record.unlink(missing_ok=True)
     result = from_canonical(made, scan.affine)
     if scan.image.dtype.kind in "iu":
-        bounds = np.iinfo(scan.image.dtype)
-        result = np.clip(np.rint(result), bounds.min, bounds.max).astype(scan.image.dtype)
+        # NIfTI readers differ over whole numbers of 64 bits; HU never need them.
+        stored = scan.image.dtype if scan.image.dtype.itemsize < 8 else np.dtype(np.int32)
+        bounds = np.iinfo(stored)
+        result = np.clip(np.rint(result), bounds.min, bounds.max).astype(stored)
     write_image(folder / "ct.nii.gz", result, scan.header)
     mask = from_canonical(tumor.astype(np.uint8), scan.affine)
     write_mask(folder / "segmentations" / f"{request['tumor']}.nii.gz", mask, scan.header)
