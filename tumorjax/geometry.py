@@ -184,9 +184,11 @@ def resample_to_shape(
 ) -> Num[np.ndarray, "x2 y2 z2"]:
     """Resamples a volume to another shape over the same physical extent.
 
-    Order 1 is linear interpolation, order 3 cubic convolution (Keys 1981, a = -1/2; it may
-    overshoot at edges). Along an axis that shrinks, the kernel is widened by the ratio, which
-    averages what would alias. Order 0 is for labels, see `resample_labels`.
+    Order 1 is linear interpolation; along an axis that shrinks, the mean of the interpolant over
+    each new voxel, so that ramps stay ramps and the volume's mean stays exactly. Order 3 is cubic
+    convolution (Keys 1981, a = -1/2), its kernel widened by the ratio along an axis that shrinks,
+    which averages what would alias; it keeps edges sharper and may overshoot at them. Order 0 is
+    for labels, see `resample_labels`.
 
     Args:
         array: volume [x, y, z] of any number type.
@@ -226,7 +228,15 @@ def _overlap(distance: np.ndarray, width: float) -> np.ndarray:
 
 
 def _linear(distance: np.ndarray, width: float) -> np.ndarray:
-    return np.maximum(1 - np.abs(distance / width), 0)
+    """The linear interpolant's kernel, averaged over the new voxel where that is the larger."""
+    if width <= 1:
+        return np.maximum(1 - np.abs(distance), 0)
+
+    def integral(x: np.ndarray) -> np.ndarray:
+        x = np.clip(x, -1, 1)
+        return np.where(x < 0, (1 + x) ** 2 / 2, 1 - (1 - x) ** 2 / 2)
+
+    return integral(distance + width / 2) - integral(distance - width / 2)
 
 
 def _cubic(distance: np.ndarray, width: float) -> np.ndarray:
@@ -239,7 +249,7 @@ def _cubic(distance: np.ndarray, width: float) -> np.ndarray:
 # Order -> kernel(distance in old voxels, width in old voxels), and how far it reaches at a width.
 _KERNELS: dict[int, tuple[Callable[[np.ndarray, float], np.ndarray], Callable[[float], float]]] = {
     0: (_overlap, lambda width: (width + 1) / 2),
-    1: (_linear, lambda width: width),
+    1: (_linear, lambda width: 1 + width / 2),
     3: (_cubic, lambda width: 2 * width),
 }
 
