@@ -62,6 +62,8 @@ _ARRAYS = ("image", "label", "locations")
 # One for the process: shard indices and the last chunks stay in memory, and files written once
 # under a token never change, so they are not looked at again.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64_000_000}})
+# What is written is not kept: reading it back comes from the disk.
+_WRITING = ts.Context({"cache_pool": {"total_bytes_limit": 0}}, parent=_CONTEXT)
 
 Kind = Literal["image", "label"]
 
@@ -455,7 +457,7 @@ def _write_array(root: ts.KvStore, prefix: str, values: np.ndarray) -> None:
             ],
         },
     }
-    ts.open(spec, create=True, context=_CONTEXT).result().write(values).result()
+    ts.open(spec, create=True, context=_WRITING).result().write(values).result()
 
 
 def _read_array(handle: ts.TensorStore, case: str) -> np.ndarray:
