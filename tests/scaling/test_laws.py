@@ -181,6 +181,7 @@ def test_table_5_gives_the_papers_figures(table_5):
     assert saved["id"]["n_real_with_synthetic"] == 435
     assert saved["id"]["saved_percent"] == 71.0
     assert saved["ood"]["n_real_alone"] == 3159
+    assert saved["id"]["same_score"]["n_real"] == 435
     # One training a cell: whether the plateaus lie there, the table cannot tell.
     assert curve_of(found, "id", "real")["plateau"]["n_sure"] is None
     low, high = saved["id"]["interval"]
@@ -251,7 +252,15 @@ def test_ending_lower_is_told_apart_from_saving():
     assert saved["n_real_with_synthetic"] == 60
     assert saved["saved_percent"] > 90
     assert saved["best_difference"] < -4
-    assert saved["n_real_same_score"] is None
+    assert saved["same_score"]["n_real"] is saved["same_score"]["saved_percent"] is None
+    assert saved["same_score"]["interval"] == [None, None]
+
+
+def test_ending_higher_and_later_still_saves_at_the_same_score():
+    (saved,) = laws.savings(two_arms(60 - 300 * N**-0.5, 80 - 300 * N**-0.5))
+    assert saved["n_real_with_synthetic"] >= saved["n_real_alone"] == 3159
+    assert saved["same_score"]["n_real"] == 278  # 120 give 52.6, short of 54.7 less the margin
+    assert saved["same_score"]["saved_percent"] == pytest.approx(100 * (1 - 278 / 3159), abs=1e-3)
 
 
 # The table

@@ -231,13 +231,14 @@ def _plateau(curve: Sampled, margin: float) -> dict[str, Any]:
 
 
 def _savings(arms: dict[str, Sampled], margin: float) -> dict[str, Any]:
-    """Returns the savings between the two plateaus, and whether the same score is reached."""
+    """Returns the savings between the two plateaus, and those at the same score.
+
+    The latter compare where real scans alone level off with the smallest n at which the synthetic
+    arm comes within the margin of the best that real scans alone reach (null: it never does).
+    """
     alone, both = arms[REAL], arms[WITH_SYNTHETIC]
     n_alone = _first_within(alone.mean[None], alone.n, margin)[0]
     n_both = _first_within(both.mean[None], both.n, margin)[0]
-    # A curve that ends lower may well end sooner: that saves nothing, so it is told apart.
-    difference = both.mean.max() - alone.mean.max()
-    reaching = both.mean >= alone.mean.max() - margin - 1e-9
     result: dict[str, Any] = {
         "n_real_alone": int(n_alone),
         "n_real_with_synthetic": int(n_both),
@@ -245,18 +246,37 @@ def _savings(arms: dict[str, Sampled], margin: float) -> dict[str, Any]:
         "interval": None,
         "best_alone": rounded_one(alone.mean.max()),
         "best_with_synthetic": rounded_one(both.mean.max()),
-        "best_difference": rounded_one(difference),
+        "best_difference": rounded_one(both.mean.max() - alone.mean.max()),
         "best_difference_interval": None,
-        "n_real_same_score": int(both.n[reaching.argmax()]) if reaching.any() else None,
     }
+    # A curve that ends lower may well end sooner, and one that ends higher later: whether scans are
+    # saved for the same score is another question than where the two plateaus begin.
+    n_same = _first_reaching(both.mean[None], both.n, alone.mean[None].max(1) - margin)[0]
+    same: dict[str, Any] = {"n_real": None, "saved_percent": None, "interval": None}
+    if np.isfinite(n_same):
+        same["n_real"] = int(n_same)
+        same["saved_percent"] = rounded_one(100 * (1 - n_same / n_alone))
     if alone.draws is not None and both.draws is not None:
         drawn_alone = _first_within(alone.draws, alone.n, margin)
-        drawn_both = _first_within(both.draws, both.n, margin)
-        saved = 100 * (1 - drawn_both / drawn_alone)
+        saved = 100 * (1 - _first_within(both.draws, both.n, margin) / drawn_alone)
         result["interval"] = rounded(np.percentile(saved, PERCENTILES))
         drawn = both.draws.max(1) - alone.draws.max(1)
         result["best_difference_interval"] = rounded(np.percentile(drawn, PERCENTILES))
-    return result
+        drawn_same = _first_reaching(both.draws, both.n, alone.draws.max(1) - margin)
+        # Percentiles that are draws themselves: none lies halfway to "never".
+        ends = np.percentile(100 * (1 - drawn_same / drawn_alone), PERCENTILES, method="nearest")
+        same["interval"] = [rounded_one(end) if np.isfinite(end) else None for end in ends]
+    return result | {"same_score": same}
+
+
+def _first_reaching(
+    scores: Float[np.ndarray, "samples points"],
+    n: Float[np.ndarray, " points"],
+    goal: Float[np.ndarray, " samples"],
+) -> Float[np.ndarray, " samples"]:
+    """Returns the smallest n of each sample that reaches its goal, infinite where none does."""
+    reaching = scores >= goal[:, None] - 1e-9
+    return np.where(reaching.any(1), n[reaching.argmax(1)], np.inf)
 
 
 def _differences(arms: dict[str, Sampled]) -> dict[str, Any]:
@@ -266,6 +286,8 @@ def _differences(arms: dict[str, Sampled]) -> dict[str, Any]:
     drawn = None
     if alone.draws is not None and both.draws is not None:
         drawn = both.draws[:, at_both] - alone.draws[:, at_alone]
+    elif alone.measured is not None and both.measured is not None:
+        drawn = both.measured[:, at_both] - alone.measured[:, at_alone]
     low, high = interval_of(drawn, len(n))
     difference = rounded(both.mean[at_both] - alone.mean[at_alone])
     return {"n": [int(x) for x in n], "difference": difference, "low": low, "high": high}

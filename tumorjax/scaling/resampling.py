@@ -9,7 +9,8 @@ understate it.
 
 Where a table has no rows per patient, its intervals stand in (normal, independent between points).
 Where it has one seed only, the scatter of the points about their laws stands in for the spread
-between seeds. Where it has neither, there are no draws and nothing is claimed.
+between seeds. With one seed and too few points for that, nothing is known about the spread: each
+point still has its interval over patients, but nothing is claimed about plateaus and savings.
 """
 
 import zlib
@@ -47,9 +48,10 @@ class Sampled:
         n: numbers of real scans, ascending, [points].
         mean: score, mean over seeds, [points].
         seeds: number of seeds of each point, [points].
-        draws: the curve as it might have been, [draws, points]; None where nothing is known.
+        draws: the curve as it might have been, [draws, points]; None where nothing is known about
+            the spread between trainings.
         measured: the same from measured spread alone (patients, seeds), for the interval of each
-            point; equals `draws` where seeds were measured or nothing else is known.
+            point; from residuals only where nothing was measured; None where nothing is known.
         noise: spread of a further cell's score between trainings.
         source: what the draws rest on, for instance "patients and seeds".
     """
@@ -153,11 +155,10 @@ def sample(
     def finish(change):
         return np.clip(mean + change, 0, ceiling)
 
-    draws = measured = None
-    if sources:
-        draws = measured = finish(deviation + trainings)
-        if tested and noise.source == "residuals":
-            measured = finish(deviation)
+    measured = finish(deviation + trainings) if sources else None
+    draws = measured if noise.freedom else None
+    if tested and noise.source == "residuals":
+        measured = finish(deviation)
     return Sampled(n, mean, seeds, draws, measured, noise, " and ".join(sources))
 
 

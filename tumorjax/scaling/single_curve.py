@@ -31,7 +31,7 @@ Law = tuple[np.ndarray, np.ndarray, np.ndarray]
 def describe(curve: Sampled) -> tuple[dict[str, Any], Law | None]:
     """Returns a curve's law as laws.json has it, and its draws (the first is the fit itself)."""
     if len(curve.n) < _POINTS_NEEDED:
-        reason = f"{len(curve.n)} different n; a law with three parameters needs at least four"
+        reason = f"there are {len(curve.n)} different n, and three parameters need at least four"
         return no_law(reason), None
     assert curve.draws is not None  # four points or more have residuals at least
     law = _fit_draws(curve.n, curve.mean, curve.draws, curve.seeds)
@@ -61,9 +61,9 @@ def describe(curve: Sampled) -> tuple[dict[str, Any], Law | None]:
         result["identifiable"] = True
         result.pop("reason")
     elif knows_a:
-        result["reason"] = "how steeply the curve rises (c) is not known: too few points rise"
+        result["reason"] = "how steeply the curve rises is not known from so few rising points"
     else:
-        result["reason"] = "where the curve ends (a) is not known better than what it has risen"
+        result["reason"] = "where the curve ends is less well known than what it has risen so far"
     return result, law
 
 
