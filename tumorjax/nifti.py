@@ -23,6 +23,8 @@ ENDINGS = (".nii.gz", ".nii")
 SPACING_RANGE = (0.1, 20.0)
 # A CT of anything spans more HU than this; images scaled to 0..1 do not.
 LEAST_HU_RANGE = 50.0
+# Every CT of a body has air or fat in it; images that were scaled or shifted have not.
+AIR_HU = -50.0
 
 # All of a header that says where the voxels lie. The rest describes values, or is free text that
 # may name a patient.
@@ -102,6 +104,21 @@ def read_ct(path: str | os.PathLike, allow_channel: bool = False) -> Scan:
     return Scan(image, affine, file.header)
 
 
+def check_hu(name: str, image: Num[np.ndarray, "x y z"]) -> None:
+    """Checks that values are Hounsfield units.
+
+    Raises:
+        CaseError: there is neither air nor fat in them, or nothing denser.
+    """
+    low, high = float(image.min()), float(image.max())
+    if low > AIR_HU or high < 0:
+        raise CaseError(
+            name,
+            f"values from {low:g} to {high:g} are no Hounsfield units, whose air is about -1000",
+            "Give the CT in HU, not scaled or shifted",
+        )
+
+
 def write_mask(path: str | os.PathLike, mask: UInt8[np.ndarray, "i j k"], like: Any) -> None:
     """Writes a mask onto the grid of a scan, see `write_image`."""
     write_image(path, np.asarray(mask, np.uint8), like)
@@ -119,7 +136,7 @@ def write_image(path: str | os.PathLike, image: Num[np.ndarray, "i j k"], like: 
         like: the scan's NIfTI header.
 
     Raises:
-        UserError: there is no space left to write to.
+        OSError: the file cannot be written.
     """
     header = type(like)()
     header.set_data_dtype(image.dtype)

@@ -10,10 +10,12 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from configs.prediction import get_config
-from tumorjax.anatomy import LABELS
+from tumorjax import geometry
+from tumorjax.anatomy import LABELS, class_table
 from tumorjax.errors import UserError
-from tumorjax.files import read_csv
-from tumorjax.inference import predict
+from tumorjax.files import read_csv, write_json_atomic
+from tumorjax.inference import predict, sliding_window
+from tumorjax.training import checkpoints
 
 CLASSES = {
     "kidney": ["kidney_left", "kidney_right"],
@@ -196,20 +198,23 @@ def test_bad_scans_are_set_aside_and_the_rest_goes_on(network, tmp_path, capsys)
     save_phantom(source / "d_0000.nii.gz")
     save_phantom(source / "d_0001.nii.gz")
     save_phantom(source / "e e.nii.gz")
+    shifted = phantom((20, 20, 20), (2, 2, 2))[0] + np.int16(1024)
+    nib.save(nib.Nifti1Image(shifted, np.eye(4)), source / "g.nii.gz")
     save_phantom(source / "f_0001.nii.gz")
     assert predict.run(config_for(source, tmp_path / "out"), tmp_path / "work") == 1
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"a.nii.gz", "z.nii.gz", "f_0001.nii.gz", "labels.json"}
     rows = {row["case"]: row for row in read_csv(tmp_path / "work" / "rejected.csv")}
     assert {case: row["stage"] for case, row in rows.items()} == {
-        "b": "read", "c": "read", "d": "find", "e e": "find"
+        "b": "read", "c": "read", "d": "find", "e e": "find", "g": "read"
     }  # fmt: skip
     assert "b_0000.nii.gz: not readable to its end" in rows["b"]["reason"]
     assert "4D" in rows["c"]["reason"]
+    assert "no Hounsfield units" in rows["g"]["reason"]
     assert "2 files of one case (d_0000.nii.gz, d_0001.nii.gz)" in rows["d"]["reason"]
     assert "rejected.csv" in capsys.readouterr().out
 
-    for name in ("b_0000", "c_0000", "d_0001", "e e"):
+    for name in ("b_0000", "c_0000", "d_0001", "e e", "g"):
         (source / f"{name}.nii.gz").unlink()
     assert predict.run(config_for(source, tmp_path / "out"), tmp_path / "work") == 0
     assert not (tmp_path / "work" / "rejected.csv").exists()
@@ -294,3 +299,48 @@ def test_output_among_the_scans_and_folders_without_scans_are_refused(network, t
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="imagesTs"):
         predict.run(config_for(tmp_path / "empty", tmp_path / "out"), tmp_path / "work")
+
+
+def test_a_trained_network_predicts_by_its_own_config(rng, tmp_path):
+    """From a checkpoint on disk; the masks are those of the network on the prepared scan."""
+    model = {"name": "resenc_unet", "widths": [4, 8], "blocks": [1, 1], "dtype": "float32"}
+    trained = {
+        "task": {"classes": CLASSES},
+        "model": model,
+        "training": {"patch_size": [16, 16, 16]},
+        "preparation": {"spacing": [2.0, 2.0, 2.0], "window": list(WINDOW)},
+    }
+    folder = tmp_path / "cell"
+    write_json_atomic(folder / "config.json", trained)
+    # Weights from numpy: drawing them in JAX compiles a program for each shape.
+    apply, parameters = checkpoints.abstract_model(ConfigDict(trained))
+    state = {
+        "parameters": {
+            name: jnp.asarray(rng.standard_normal(value.shape) * 0.3, jnp.float32)
+            for name, value in parameters.items()
+        }
+    }
+    with checkpoints.open_manager(folder) as manager:
+        checkpoints.save(manager, 7, state, position=0)
+        manager.wait_until_finished()
+
+    save_phantom(tmp_path / "in" / "a.nii.gz", (33, 30, 28), (2.2, 2.0, 2.5), "LPS")
+    config = config_for(tmp_path / "in", tmp_path / "out", checkpoint=str(folder))
+    assert predict.run(config, tmp_path / "work") == 0
+    result = nib.load(tmp_path / "out" / "a.nii.gz")
+
+    scan = nib.load(tmp_path / "in" / "a.nii.gz")
+    image, affine = geometry.to_canonical(np.asanyarray(scan.dataobj), scan.affine)
+    image = geometry.prepare_image(image, geometry.spacing_of(affine), (2.0, 2.0, 2.0), WINDOW)
+    network = Partial(apply, state["parameters"])
+    probabilities = sliding_window.predict(network, image, (16, 16, 16), skip_air=True)
+    every = [geometry.resample_to_shape(probabilities[..., c], (33, 30, 28), 1) for c in range(4)]
+    winner = np.argmax(every, axis=0)
+    values = np.asanyarray(geometry.to_canonical(np.asanyarray(result.dataobj), scan.affine)[0])
+    assert len(np.unique(winner)) > 1
+    assert (class_table(CLASSES)[values] == winner).mean() > 0.9995
+
+    other = trained | {"model": model | {"widths": [4, 12]}}
+    write_json_atomic(folder / "config.json", other)
+    with pytest.raises(UserError, match="checkpoint of another network"):
+        predict.run(config, tmp_path / "work")

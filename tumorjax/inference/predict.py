@@ -31,7 +31,7 @@ from tumorjax.files import check_case_id, write_csv_atomic, write_json_atomic
 from tumorjax.geometry import from_canonical, prepare_image, spacing_of, to_canonical
 from tumorjax.inference import sliding_window
 from tumorjax.inference.native_grid import Structure, native_labels, structures
-from tumorjax.nifti import ENDINGS, Scan, read_ct, write_mask
+from tumorjax.nifti import ENDINGS, Scan, check_hu, read_ct, write_mask
 from tumorjax.settings import first_difference, plain
 from tumorjax.training import checkpoints
 
@@ -83,10 +83,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
     waiting = {c: p for c, p in scans.items() if not mask_path(output, c, config.form).exists()}
     _check_output(output, len(scans) - len(waiting), settings_record(config, trained, apply, table))
     logging.info("%s: %d of %d scans to do", output, len(waiting), len(scans))
-    spacing, window = trained.preparation.spacing, trained.preparation.window
     bar = tqdm(total=len(waiting), unit="scan", disable=not sys.stderr.isatty())
     with bar:
-        for case, future in _ahead(lambda path: prepare_scan(path, spacing, window), waiting):
+        for case, future in _ahead(lambda path: prepare_scan(path, trained.preparation), waiting):
             begin = time.perf_counter()
             try:
                 prepared = future.result()
@@ -182,18 +181,28 @@ def find_scans(source: str | os.PathLike) -> tuple[dict[str, Path], list[dict[st
     return scans, rejected
 
 
-def prepare_scan(
-    path: str | os.PathLike, spacing: Sequence[float], window: Sequence[float]
-) -> Prepared:
+def prepare_scan(path: str | os.PathLike, preparation: Any) -> Prepared:
     """Reads a scan and brings it to the grid and values that the network was trained on.
+
+    Args:
+        path: NIfTI file.
+        preparation: spacing (mm), window (HU that become 0 and 1) and order of the training data.
 
     Raises:
         CaseError: the file cannot be used.
     """
     scan = read_ct(path)
+    check_hu(str(path), scan.image)
     image, affine = to_canonical(scan.image, scan.affine)
+    prepared = prepare_image(
+        image,
+        spacing_of(affine),
+        preparation.spacing,
+        preparation.window,
+        preparation.get("order", 3),
+    )
     x, y, z = image.shape
-    return Prepared(scan, (x, y, z), prepare_image(image, spacing_of(affine), spacing, window))
+    return Prepared(scan, (x, y, z), prepared)
 
 
 def _stem(path: Path, source: Path) -> str:
@@ -278,6 +287,7 @@ def settings_record(
         "patch_size": list(trained.training.patch_size),
         "spacing": list(trained.preparation.spacing),
         "window": list(trained.preparation.window),
+        "order": trained.preparation.get("order", 3),
         "weights_sha256": hashed.hexdigest(),
     }
 
