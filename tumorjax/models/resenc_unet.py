@@ -5,6 +5,7 @@ ResidualEncoderUNet of the package dynamic-network-architectures, whose names ar
 weights map one to one.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -143,9 +144,7 @@ class ResEncUNet(nnx.Module):
         self.deep_supervision = deep_supervision
         self.remat = remat
         # Each axis of an input must divide by this.
-        self.divisor = tuple(
-            int(jnp.prod(jnp.array([step[axis] for step in steps]))) for axis in range(3)
-        )
+        self.divisor = tuple(math.prod(step[axis] for step in steps) for axis in range(3))
 
     def __call__(
         self, x: Float[Array, "b x y z c"]

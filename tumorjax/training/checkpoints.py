@@ -6,7 +6,7 @@ checkpoint is executed when it is read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ from tumorjax.errors import UserError
 def open_manager(folder: Path, keep: int = 1) -> ocp.CheckpointManager:
     """Opens the checkpoints of a training; the newest `keep` stay."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+    # Named handlers, so that what is saved can be looked at before anything was restored.
+    handlers = {"state": ocp.StandardCheckpointHandler(), "loader": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(
+        (folder / "checkpoints").absolute(), options=options, item_handlers=handlers
+    )
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, position: int) -> None:
@@ -85,7 +89,7 @@ def load_model(folder: str | Path, step: int | None = None) -> tuple[jax.tree_ut
         raise UserError(f"{folder / 'config.json'}: not readable ({error})") from error
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: no checkpoints. Was its training finished?")
-    apply, parameters = models.functional(build_model(config, deep_supervision=False))
+    apply, parameters = abstract_model(config)
     with open_manager(folder) as manager:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
@@ -108,6 +112,22 @@ def build_model(config: Any, *, deep_supervision: bool, seed: int = 0) -> Any:
         seed=seed,
         **settings,
     )
+
+
+def abstract_model(config: Any) -> tuple[Callable[..., Any], dict[str, jax.ShapeDtypeStruct]]:
+    """Returns a network's function and the shapes of its parameters, see `models.functional`.
+
+    First weights are not drawn: that takes seconds, and a checkpoint replaces them.
+    """
+    functions = []
+
+    def build() -> dict[str, Any]:
+        apply, parameters = models.functional(build_model(config, deep_supervision=False))
+        functions.append(apply)
+        return parameters
+
+    parameters = jax.eval_shape(build)
+    return functions[0], parameters
 
 
 def compute_dtype(name: str) -> str:
