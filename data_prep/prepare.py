@@ -33,7 +33,7 @@ from tumorjax.geometry import (
     spacing_of,
     to_canonical,
 )
-from tumorjax.nifti import read_ct
+from tumorjax.nifti import check_hu, read_ct
 from tumorjax.settings import plain
 from tumorjax.volumes import Store, create_store, open_store, remove_case, write_case
 
@@ -42,8 +42,6 @@ REJECTED_COLUMNS = ("case", "stage", "reason")
 
 # Part of what a case was made with: raised when the same files give other volumes.
 _VERSION = 1
-# Every CT of a body has air or fat in it; images that were scaled or shifted have not.
-_AIR_HU = -50.0
 # Bytes of scans below which starting processes takes longer than the work.
 _SMALL = 20_000_000
 # What one process needs for a large scan.
@@ -77,7 +75,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     folder = config.input or (str(workdir / "scans") if config.source == "virtual" else "")
     if not folder:
         raise UserError("input is empty. Give the folder of the data set")
-    source_settings = config.virtual if config.source == "virtual" else {"labels": config.labels}
+    virtual = config.source == "virtual"
+    source_settings = config.virtual if virtual else ConfigDict({"labels": config.labels})
     settings = {
         "spacing": config.spacing,
         "window": config.window,
@@ -187,7 +186,11 @@ def check_settings(
     Raises:
         UserError: a key is unknown or missing, or a value cannot be used.
     """
-    values = {"order": 3, "source_settings": {}, **plain(settings)}
+    given = {
+        key: value.to_dict() if isinstance(value, ConfigDict) else value
+        for key, value in settings.items()
+    }
+    values = {"order": 3, "source_settings": {}, **plain(given)}
     unknown = sorted(set(values) - {"spacing", "window", "order", "source_settings"})
     if unknown:
         raise UserError(
@@ -231,7 +234,7 @@ def prepare_case(task: Task) -> Row | None:
         scan = read_ct(task.scan.image, allow_channel=channel)
         stage = "check"
         header = scan.header
-        _check_hu(task.scan.image.name, scan.image)
+        check_hu(task.scan.image.name, scan.image)
         if not header["sform_code"] and not header["qform_code"]:
             raise CaseError(
                 task.scan.image.name,
@@ -291,21 +294,11 @@ def prepare_case(task: Task) -> Row | None:
     return None
 
 
-def _check_hu(name: str, image: np.ndarray) -> None:
-    low, high = float(image.min()), float(image.max())
-    if low > _AIR_HU or high < 0:
-        raise CaseError(
-            name,
-            f"values from {low:g} to {high:g} are no Hounsfield units, whose air is about -1000",
-            "Give the CT in HU, not scaled or shifted",
-        )
-
-
 def _check_structures(case: str, label: np.ndarray, scan: ScanCase) -> None:
     present = label_boxes(label)
     tumors = set(anatomy.TUMORS.values())
     named = {name for file in scan.labels for name in file.names.values() if name}
-    if named <= set(anatomy.TUMORS):
+    if named and named <= set(anatomy.TUMORS):
         # A data set of tumours alone.
         if not present:
             raise CaseError(case, "no tumour is labelled", "Leave the case out")

@@ -72,6 +72,7 @@ def read_ct(path: str | os.PathLike, allow_channel: bool = False) -> Scan:
         stored_as_hu = unscaled and file.get_data_dtype().kind in "iu"
         # Whole numbers stay what they are: half the memory of float32.
         image = np.asanyarray(stored, None if stored_as_hu else np.float32)
+        image = image[..., 0] if image.ndim == 4 else image
         affine = np.asarray(file.affine, np.float64)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
         # Only the kind of error: its text may quote the header.
