@@ -225,6 +225,7 @@ def test_report_is_deterministic_and_replaces_the_old_one(study, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(study[0], folder)
     (folder / "report" / "stale.txt").write_text("old")
+    (folder / ".report-killed" / "figures").mkdir(parents=True)
     report.write(folder, study[1])
     assert not (folder / "report" / "stale.txt").exists()
     first, again = (

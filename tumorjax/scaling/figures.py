@@ -23,6 +23,7 @@ MARKERS = {REAL: "o", WITH_SYNTHETIC: "s"}
 ARM_NAMES = {REAL: "real scans alone", WITH_SYNTHETIC: "real + synthetic tumours"}
 SPLIT_NAMES = {"id": "In-distribution", "ood": "Out-of-distribution"}
 INK = "#202124"
+_NAME_WIDTH = 0.42  # of an arm's name, as a share of the axis
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 
 STYLE: dict[Any, Any] = {
@@ -269,12 +270,13 @@ def _label_curves(axis: Axes, curves: Curves) -> None:
         band = np.array(
             [m if end is None else end for m, end in zip(curve["mean"], band, strict=True)]
         )
-        # The name is about half as wide as the axis.
-        under = np.log(curve["n"]) >= np.mean(np.log(axis.get_xlim()))
-        under[-1] = True
+        # What the name must clear: the band from its right end to where the name begins.
+        begin = curve["n"][-1] * (axis.get_xlim()[0] / axis.get_xlim()[1]) ** _NAME_WIDTH
+        span = np.linspace(np.log(begin), np.log(curve["n"][-1]), 20)
+        edge = np.interp(span, np.log(curve["n"]), band)
         axis.annotate(
             ARM_NAMES[curve["arm"]],
-            (curve["n"][-1], band[under].max() if upper else band[under].min()),
+            (curve["n"][-1], edge.max() if upper else edge.min()),
             (0, 4 if upper else -4),
             textcoords="offset points",
             color=COLORS[curve["arm"]],

@@ -83,29 +83,28 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
     found = json.loads((workdir / "laws.json").read_text())
     study = _study_folder(workdir, config)
     metric = _headline_metric(found)
+    cases = read_cases(study)
+    tables = _tables(found, metric, study)
+    texts = {
+        "headline": words.headline(found, metric),
+        "grounds": words.grounds(found),
+        "tiles": _tiles(found, metric),
+        "stories": {figures.SPLIT_NAMES[s]: words.story(found, metric, s) for s in SPLITS},
+        "progress": _progress(study, config),
+        "timing": _timing(study),
+        "rejected": _rejected(study),
+        "config": _config(study, config),
+        "versions": _versions(),
+    }
+    for left in workdir.glob(".report-*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed while it wrote
     folder = Path(tempfile.mkdtemp(dir=workdir, prefix=".report-"))
     try:
-        cases = read_cases(study)
         with matplotlib.rc_context(figures.STYLE):
             drawn = _save_figures(_draw(found, metric, study, cases, config), folder / "figures")
-        tables = _tables(found, metric, study)
         _save_tables(tables, folder / "tables")
         page = _template().render(
-            found=found,
-            metric=METRICS[metric],
-            headline=words.headline(found, metric),
-            grounds=words.grounds(found),
-            tiles=_tiles(found, metric),
-            stories={
-                figures.SPLIT_NAMES[split]: words.story(found, metric, split) for split in SPLITS
-            },
-            figures=drawn,
-            tables=tables,
-            progress=_progress(study, config),
-            timing=_timing(study),
-            rejected=_rejected(study),
-            config=_config(study, config),
-            versions=_versions(),
+            found=found, metric=METRICS[metric], figures=drawn, tables=tables, **texts
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
         os.chmod(folder, 0o755)

@@ -184,11 +184,14 @@ def _savings(saved: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
     text = f"Real scans alone {end(REAL)}; those with synthetic tumours {end(WITH_SYNTHETIC)}"
     text += f" (saving: {_saved(saved)}). "
     if same["n_real"] is None:
-        return text + (
+        text += (
             "But with synthetic tumours the score never comes within the margin of the best that"
             f" real scans alone reach ({saved['best_with_synthetic']:.1f} % against"
-            f" {saved['best_alone']:.1f} %): an early plateau at a lower score saves nothing."
+            f" {saved['best_alone']:.1f} %)"
         )
+        if saved["n_real_with_synthetic"] < saved["n_real_alone"]:
+            text += ": an early plateau at a lower score saves nothing"
+        return f"{text}. {_doubt(same)}".strip()
     if same["n_real"] != saved["n_real_with_synthetic"]:
         text += (
             f"For the best score of real scans alone, {same['n_real']} scans with synthetic"
@@ -200,10 +203,8 @@ def _savings(saved: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
 def _verdict(saved: Mapping[str, Any]) -> str:
     same, alone = saved["same_score"], saved["n_real_alone"]
     if same["n_real"] is None:
-        return (
-            "with synthetic tumours the network never comes as far as with real scans alone; there"
-            " is no saving."
-        )
+        text = "with synthetic tumours the network never comes as far as with real scans alone;"
+        return f"{text} there is no saving. {_doubt(same)}".strip()
     if same["saved_percent"] > 0:
         text = (
             f"with synthetic tumours, {same['n_real']} annotated scans do what takes {alone}"
@@ -217,6 +218,14 @@ def _verdict(saved: Mapping[str, Any]) -> str:
             f" for what {alone} real ones give alone. "
         )
     return text + _certainty(same)
+
+
+def _doubt(same: Mapping[str, Any]) -> str:
+    """Returns what is left of a saving where the means show none."""
+    high = same["interval"][1] if same["interval"] else None
+    if high is None or high <= 0:
+        return ""
+    return f"That may be chance: a saving of up to {number(high, 0)} % is within the 95 % interval."
 
 
 def _certainty(same: Mapping[str, Any]) -> str:
