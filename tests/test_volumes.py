@@ -220,13 +220,19 @@ def test_a_flipped_byte_anywhere_is_found(case, url, rng):
     assert open_store(url).verify(["b"]) == []
 
 
-def test_damaged_data_is_an_error_when_read_not_another_voxel(case, url):
+@pytest.mark.parametrize("damage", ["index", "cut", "gone"])
+def test_damaged_files_are_an_error_that_names_the_case(case, url, damage):
     image, label = case
     write_case(url, "a", image, label, SPACING)
     (path,) = url.rglob("image/c/0/0/0")
     data = bytearray(path.read_bytes())
-    data[1000] ^= 1
+    if damage == "index":
+        data[-20] ^= 1
+    elif damage == "cut":
+        data = data[: len(data) // 2]
     path.write_bytes(data)
+    if damage == "gone":
+        (url / "cases" / "a" / open_store(url).record("a")["token"] / "image/zarr.json").unlink()
     with pytest.raises(CaseError, match=r"a: .*missing or damaged.*preparation again"):
         open_store(url).read("a", "image")
 

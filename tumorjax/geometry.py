@@ -519,7 +519,11 @@ def _strengths(
     inside = ((voxels >= low) & (voxels <= high)).all(axis=1)
     at = tuple((np.clip(voxels, low, high) - low).T)
     strength = np.maximum(np.where(inside, share[at], 0), 1).astype(np.uint8)
-    largest = ndimage.maximum_filter(share, 3)[at]
+    largest = share
+    for axis in range(3):
+        for sign in (1, -1):
+            largest = _shifted(largest, axis, 2, np.maximum, sign)
+    largest = largest[at]
     return strength, strength >= _RIDGE * np.where(inside, largest, 0)
 
 
@@ -593,8 +597,8 @@ def _thin(mask: Bool[np.ndarray, "a b c"], ratios: Sequence[float]) -> Bool[np.n
 
 
 def _shifted(
-    array: Bool[np.ndarray, "a b c"], axis: int, length: int, merge: np.ufunc, sign: int
-) -> Bool[np.ndarray, "a b c"]:
+    array: Shaped[np.ndarray, "a b c"], axis: int, length: int, merge: np.ufunc, sign: int
+) -> Shaped[np.ndarray, "a b c"]:
     """Merges each voxel with the next (sign 1) or previous (-1) length - 1 ones along an axis."""
     output = array.copy()
     ahead, behind = [slice(None)] * 3, [slice(None)] * 3
