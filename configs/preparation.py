@@ -39,8 +39,12 @@ def get_config(variant: str = "abdomen_atlas") -> ConfigDict:
     config.workers = 0
     config.scheduler = ""
 
-    # Settings of the built-in cohort, see data_prep/virtual_abdomen.py; what is left out has its
-    # default.
+    # The built-in cohort; data_prep/virtual_abdomen.py says what each of its settings is.
     config.virtual = ConfigDict()
-    config.virtual.seed = 0
+    if variant == "virtual":
+        from data_prep.virtual_abdomen import default_settings
+
+        config.virtual = ConfigDict(
+            {k: tuple(v) if isinstance(v, list) else v for k, v in default_settings().items()}
+        )
     return config

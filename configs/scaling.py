@@ -10,6 +10,8 @@ more patients, seeds and steps), paper (the study of Chen et al., ICCV 2025, on 
 
 from ml_collections import ConfigDict
 
+from tumorjax.data import augmentation
+
 VARIANTS = ("virtual", "virtual_large", "paper")
 
 
@@ -77,9 +79,12 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.training.foreground = 0.5
     config.training.tumor_share = 0.75
     config.training.deep_supervision = False
-    config.training.batch_dice = True
-    config.training.learning_rate = 0.05
-    config.training.momentum = 0.9
+    config.training.batch_dice = True  # one Dice score for the batch, not for each crop
+    config.training.absent_dice = False  # leave classes out of it that no crop of the batch has
+    config.training.cross_entropy_weight = 0.2  # beside Dice; 1 is nnU-Net's
+    config.training.optimizer = "adamw"  # or "sgd"
+    config.training.learning_rate = 0.01
+    config.training.momentum = 0.9  # of sgd
     config.training.weight_decay = 3e-5
     config.training.clip = 12.0
     config.training.schedule = "warmup_cosine"
@@ -90,7 +95,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.training.log_every = 25
     config.training.loader_threads = 1
 
-    config.augmentation = ConfigDict()
+    config.augmentation = ConfigDict(augmentation.CHEAP)
 
     config.inference = ConfigDict()
     config.inference.overlap = 0.5

@@ -35,7 +35,7 @@ from tumorjax.geometry import (
 )
 from tumorjax.nifti import check_hu, read_ct
 from tumorjax.settings import plain
-from tumorjax.volumes import Store, create_store, open_store, remove_case, write_case
+from tumorjax.volumes import Store, check_store, create_store, open_store, remove_case, write_case
 
 REJECTED = "rejected.csv"
 REJECTED_COLUMNS = ("case", "stage", "reason")
@@ -141,8 +141,10 @@ def prepare(
     """
     folder, workdir = Path(input), Path(workdir)
     settings, source_settings = check_settings(settings)
-    store = create_store(store_url, settings)
+    # Before any work; but nothing is made until there is something to prepare.
+    check_store(store_url, settings)
     found = sources.find(source, folder, source_settings, workers or os.cpu_count() or 1)
+    store = create_store(store_url, settings)
     rejected = [_row(error.case, "source", error) for error in found.rejected]
     done = set(store.cases)
     tasks = []

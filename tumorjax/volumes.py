@@ -221,40 +221,44 @@ def open_store(url: str | os.PathLike) -> Store:
 # ---------------------------------------------------------------------------- writing
 
 
-def create_store(url: str | os.PathLike, settings: Mapping[str, Any] | None) -> Store:
+def check_store(url: str | os.PathLike, settings: Mapping[str, Any]) -> bool:
+    """Says whether there is a store, which must be one of these settings.
+
+    Raises:
+        UserError: the store there was made with other settings (they are named).
+    """
+    found = _open_values(str(url)).read("store.json").result()
+    if found.state != "value":
+        return False
+    differ = _differences(_parse_settings(str(url), found.value), json.loads(_canonical(settings)))
+    if differ:
+        raise UserError(
+            f"{url}: the store was made with other settings ({'; '.join(differ)}). Give the"
+            " same settings, or another folder for the new store"
+        )
+    return True
+
+
+def create_store(url: str | os.PathLike, settings: Mapping[str, Any]) -> Store:
     """Opens a store for cases of these settings, and makes it if there is none.
 
     Args:
         url: see `open_store`.
-        settings: how the cases are prepared; None takes those of the store that is there.
+        settings: how the cases are prepared.
 
     Raises:
-        UserError: the store there was made with other settings (they are named), or there is none
-            and no settings were given.
+        UserError: the store there was made with other settings, or there is no space for one.
     """
-    values = _open_values(str(url))
-    found = values.read("store.json").result()
-    if found.state != "value":
-        if settings is None:
-            raise UserError(f"{url}: no store, and no settings to make one with. Give settings")
+    if not check_store(url, settings):
         text = _canonical({"version": VERSION, "settings": settings})
         try:
-            values.write("store.json", text).result()
+            _open_values(str(url)).write("store.json", text).result()
         except Exception as error:
             if not _is_full(error):
                 raise
             raise UserError(
                 f"{url}: no space left to make a store. Free some, or give another folder"
             ) from error
-    elif settings is not None:
-        there = _parse_settings(str(url), found.value)
-        wanted = json.loads(_canonical(settings))
-        differ = _differences(there, wanted)
-        if differ:
-            raise UserError(
-                f"{url}: the store was made with other settings ({'; '.join(differ)}). Give the"
-                " same settings, or another folder for the new store"
-            )
     return Store(url)
 
 
@@ -290,9 +294,8 @@ def write_case(
     image, label = np.asarray(image), np.asarray(label)
     _check_volumes(case, image, label, spacing)
     root = _open_values(str(url))
-    if settings is None and root.read("store.json").result().state != "value":
-        settings = {}
-    create_store(url, settings)
+    if settings is not None or root.read("store.json").result().state != "value":
+        create_store(url, settings or {})
     token = uuid.uuid4().hex[:12]
     prefix = f"cases/{case}/{token}/"
     try:

@@ -368,6 +368,13 @@ def test_settings_that_cannot_be_used(atlas, tmp_path, change, words):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_folder_that_is_no_data_set_leaves_no_store(tmp_path):
+    for source in ("abdomen_atlas", "nnunet", "msd"):
+        with pytest.raises(UserError, match="not a folder"):
+            run(tmp_path / "missing", tmp_path, source)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_id_that_another_source_has_taken(atlas, tmp_path, rng):
     run(atlas, tmp_path)
     write_nnunet(tmp_path / "set", rng, ["c1", "d1"])

@@ -12,6 +12,7 @@ def soft_dice(
     label: Int[Array, "b x y z"],
     *,
     batch: bool = False,
+    absent: bool = True,
     smooth: float = 1e-5,
 ) -> Float[Array, ""]:
     """One minus the soft Dice score of the foreground classes.
@@ -20,6 +21,9 @@ def soft_dice(
         logits: of all classes; background is class 0 and left out.
         label: class indices.
         batch: sum over the batch before dividing, instead of a score for each sample.
+        absent: count classes that are not in the label, whose score is about 0 until nothing of
+            them is predicted (nnU-Net's way). Left out, they are held down by cross-entropy
+            alone; with many classes and small batches rare classes are then learned sooner.
         smooth: added to numerator and denominator.
 
     Returns:
@@ -30,7 +34,12 @@ def soft_dice(
     axes = (0, 1, 2, 3) if batch else (1, 2, 3)
     intersection = (probabilities * truth).sum(axes)
     total = probabilities.sum(axes) + truth.sum(axes)
-    return 1 - ((2 * intersection + smooth) / jnp.maximum(total + smooth, 1e-8)).mean()
+    score = (2 * intersection + smooth) / jnp.maximum(total + smooth, 1e-8)
+    if absent:
+        return 1 - score.mean()
+    present = truth.sum(axes) > 0
+    # Nothing but background: no score, and no gradient, instead of 0 / 0.
+    return jnp.where(present, 1 - score, 0).sum() / jnp.maximum(present.sum(), 1)
 
 
 def cross_entropy(
@@ -55,6 +64,8 @@ def segmentation_loss(
     label: Int[Array, "b x y z"],
     *,
     batch_dice: bool = False,
+    absent_dice: bool = True,
+    cross_entropy_weight: float = 1.0,
 ) -> Float[Array, ""]:
     """Soft Dice plus cross-entropy, summed over the levels with `level_weights`.
 
@@ -62,7 +73,10 @@ def segmentation_loss(
         logits: of one level or of several, finest first.
         label: class indices at the finest level; coarser ones take every second voxel and so on,
             as nearest-neighbour resizing does.
-        batch_dice: see `soft_dice`.
+        batch_dice: `batch` of `soft_dice`.
+        absent_dice: `absent` of `soft_dice`.
+        cross_entropy_weight: of cross-entropy beside Dice. At 1 (nnU-Net's) the background's many
+            voxels first drive small classes to zero, and short trainings never see them again.
     """
     levels = logits if isinstance(logits, list | tuple) else [logits]
     total = jnp.zeros(())
@@ -77,8 +91,8 @@ def segmentation_loss(
             steps[1] // 2 :: steps[1],
             steps[2] // 2 :: steps[2],
         ]
-        loss = soft_dice(level, coarse, batch=batch_dice) + cross_entropy(level, coarse)
-        total = total + weight * loss
+        dice = soft_dice(level, coarse, batch=batch_dice, absent=absent_dice)
+        total = total + weight * (dice + cross_entropy_weight * cross_entropy(level, coarse))
     return total
 
 

@@ -28,14 +28,18 @@ def learning_rate(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
 
 
 def optimizer(settings: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum as nnU-Net uses it, the gradient's norm clipped first.
+    """Returns the optimizer; the gradient's norm is clipped first.
 
     Args:
-        settings: learning_rate, schedule, momentum, weight_decay and clip (global norm).
+        settings: optimizer "sgd" (Nesterov momentum, as nnU-Net uses it) or "adamw", learning_rate,
+            schedule, momentum (of sgd), weight_decay and clip (global norm).
         steps: length of the training.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(settings["clip"]),
-        optax.add_decayed_weights(settings["weight_decay"]),
-        optax.sgd(learning_rate(settings, steps), settings["momentum"], nesterov=True),
-    )
+    clip, rate = optax.clip_by_global_norm(settings["clip"]), learning_rate(settings, steps)
+    name = settings["optimizer"]
+    if name == "sgd":
+        decay = optax.add_decayed_weights(settings["weight_decay"])
+        return optax.chain(clip, decay, optax.sgd(rate, settings["momentum"], nesterov=True))
+    if name == "adamw":
+        return optax.chain(clip, optax.adamw(rate, b2=0.99, weight_decay=settings["weight_decay"]))
+    raise UserError(f"training.optimizer is {name!r}. Expected sgd or adamw")

@@ -65,10 +65,9 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
     apply, _ = models.functional(checkpoints.build_model(config, deep_supervision=False))
     update = schedules.optimizer(training, training.steps)
     rate = schedules.learning_rate(training, training.steps)
+    transforms = augmentation.check_settings(config.augmentation)
     # Refused before anything trains where the task knows only one side of a pair.
-    mirrored = jnp.arange(len(config.task.classes) + 1, dtype=jnp.uint8)
-    if 0 in tuple(config.augmentation.mirror.axes):
-        mirrored = jnp.asarray(mirror_table(config.task.classes))
+    mirrored = mirror_table(config.task.classes) if 0 in transforms["mirror_axes"] else None
     classes = list(config.task.classes)
     patch = tuple(training.patch_size)
 
@@ -86,13 +85,19 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
     def step(state: dict[str, Any], batch: dict[str, Array]):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
         image, label = augmentation.augment(
-            key, batch["image"], batch["label"], config.augmentation, mirrored, patch
+            key, batch["image"], batch["label"], transforms, mirrored, patch
         )
         label = label.astype(jnp.int32)
 
         def loss_of(values):
             logits = apply_levels(values, image)
-            loss = losses.segmentation_loss(logits, label, batch_dice=training.batch_dice)
+            loss = losses.segmentation_loss(
+                logits,
+                label,
+                batch_dice=training.batch_dice,
+                absent_dice=training.absent_dice,
+                cross_entropy_weight=training.cross_entropy_weight,
+            )
             return loss, logits[0] if isinstance(logits, list) else logits
 
         (loss, logits), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["parameters"])
@@ -168,6 +173,8 @@ def train_segmenter(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=training.loader_threads,
+            final_patch_size=tuple(training.patch_size),
+            tumor_share=training.tumor_share,
         )
 
     state = loop.train(
