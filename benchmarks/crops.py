@@ -134,7 +134,7 @@ def run_row(name: str, folder: Path, crop: int, mode: str, seed: int) -> None:
         from tumorjax import volumes as store
 
         # Room for the shards' indices alone.
-        store._CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1_000_000}})
+        store.READING = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1_000_000}})
     read = READERS[name](folder, crop, mapped=mode != "bytes")
     places = corners(seed, crop)
     for number in range(CASES):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tumorjax.anatomy import LABELS, TUMORS
 from tumorjax.errors import UserError
@@ -89,20 +90,23 @@ def plot(counts: list[dict[str, Any]], tumors: list[dict[str, Any]]) -> Figure:
     left.set_xlabel("scans that show it")
     left.tick_params(axis="y", labelsize=8)
     if 1 < len(sites) <= 12:
-        left.legend(title="site", fontsize=7)
+        figure.legend(
+            *left.get_legend_handles_labels(), title="site", fontsize=8, loc="outside left upper"
+        )
     edges = np.geomspace(1, 64, 25)
     classes = [name for name in TUMORS if any(tumor["class"] == name for tumor in tumors)]
     radii = [[t["radius_mm"] for t in tumors if t["class"] == name] for name in classes]
     if classes:
         labels = [f"{name} ({len(r)})" for name, r in zip(classes, radii, strict=True)]
         right.hist([np.clip(r, 1, 64) for r in radii], edges, stacked=True, label=labels)
-        right.legend(fontsize=8)
+        right.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     right.set_xscale("log", base=2)
     right.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
     for limit in list(SIZE_GROUPS.values())[:-1]:
         right.axvline(limit, color="0.4", linewidth=0.8, linestyle="--")
-    right.set_xlabel("radius of the sphere of the same volume, mm (dashed: size groups)")
+    right.set_xlabel("sphere-equivalent radius, mm (dashed: size groups)")
     right.set_ylabel("tumours")
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

@@ -215,8 +215,8 @@ def test_memory_layout_type_and_slabs_do_not_matter(rng, monkeypatch):
         ours = resample_to_shape(source, (17, 33, 40), 3)
         assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=0.02)
-    monkeypatch.setattr("tumorjax.geometry._SLAB_VOXELS", 900)
-    monkeypatch.setattr("tumorjax.geometry._BAND", 3)
+    monkeypatch.setattr("tumorjax.resampling._SLAB_VOXELS", 900)
+    monkeypatch.setattr("tumorjax.resampling._BAND", 3)
     np.testing.assert_allclose(resample_to_shape(array, (17, 33, 40), 3), expected, atol=0.02)
     array[...] = 7
     assert resample_to_shape(array, array.shape, 3).mean() == 7

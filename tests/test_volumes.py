@@ -282,7 +282,7 @@ def test_killed_before_the_record_there_is_no_case_and_the_next_writing_clears_u
 
     # What kill -9 leaves: arrays without a record, and nobody to remove them.
     monkeypatch.setattr(volumes, "_checksums", killed)
-    monkeypatch.setattr(volumes, "_remove", lambda *_: None)
+    monkeypatch.setattr(volumes, "remove_keys", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         write_case(url, "a", image, label, SPACING)
     monkeypatch.undo()

@@ -16,33 +16,46 @@ stored in steps of 1 HU; float16 errs by up to 0.104 HU and takes 6 % more room 
 All 65,536 levels would take 37 % more for no use.
 """
 
-import errno
 import hashlib
 import json
 import os
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Bool, Float, Int, UInt8
-from scipy import ndimage
+from jaxtyping import Float, Int, UInt8
 
 from tumorjax import anatomy
+from tumorjax.contents import MAX_LOCATIONS, check_volumes, draw_locations, tumor_instances
 from tumorjax.errors import CaseError, UserError
 from tumorjax.files import check_case_id
 from tumorjax.geometry import label_boxes
-from tumorjax.metrics.components import label_components
-from tumorjax.metrics.detection import longest_inplane, sphere_radius
+from tumorjax.key_values import (
+    READING,
+    WRITING,
+    canonical_json,
+    is_full,
+    list_keys,
+    open_values,
+    remove_keys,
+)
+
+__all__ = [
+    "MAX_LOCATIONS",
+    "Store",
+    "check_store",
+    "create_store",
+    "open_store",
+    "remove_case",
+    "tumor_instances",
+    "write_case",
+]
 
 VERSION = 1
 LEVELS = 4095
-# Voxels of each label that foreground crops can be centred on.
-MAX_LOCATIONS = 2000
 
 # Inner chunks of 32^3. Measured on an abdominal CT at 1.5 mm (244x202x224, raw 22.1 MB), random
 # crops of 96^3 (raw 1.77 MB): chunks of 16^3 read 1.7 MB a crop in up to 343 pieces, 24^3 2.0 MB in
@@ -61,19 +74,6 @@ _COMPRESSION = {
 }
 _ARRAYS = tuple(_COMPRESSION)
 
-# One for the process: shard indices and the last chunks stay in memory (all of a small store does),
-# and files written once under a token never change, so they are not looked at again.
-# A limit of its own lets several reading threads use all cores: twice the crops a second of the
-# pool that tensorstore shares by default.
-_CONTEXT = ts.Context(
-    {
-        "cache_pool": {"total_bytes_limit": 128_000_000},
-        "data_copy_concurrency": {"limit": os.cpu_count() or 1},
-    }
-)
-# What is written is not kept: reading it back comes from the disk.
-_WRITING = ts.Context({"cache_pool": {"total_bytes_limit": 0}}, parent=_CONTEXT)
-
 Kind = Literal["image", "label"]
 
 
@@ -87,7 +87,7 @@ class Store:
 
     def __init__(self, url: str | os.PathLike):
         self.url = str(url)
-        self._values = _open_values(self.url)
+        self._values = open_values(self.url)
         found = self._values.read("store.json").result()
         if found.state != "value":
             raise UserError(
@@ -110,7 +110,7 @@ class Store:
         """The ids of the cases that are there as a whole, sorted; looked up anew each time."""
         start, end = "cases/", "/case.json"
         cases = []
-        for key in _list(self._values, start):
+        for key in list_keys(self._values, start):
             case = key[len(start) : -len(end)]
             if key.endswith(end) and "/" not in case:
                 cases.append(case)
@@ -198,7 +198,7 @@ class Store:
             values = self._values / f"cases/{case}/{self.record(case)['token']}/{kind}/"
             spec = {"driver": "zarr3", "kvstore": values.spec(), "recheck_cached_data": False}
             try:
-                handle = ts.open(spec, open=True, read=True, context=_CONTEXT).result()
+                handle = ts.open(spec, open=True, read=True, context=READING).result()
             except ValueError as error:
                 raise _damaged(case, error) from error
             with self._lock:
@@ -227,10 +227,12 @@ def check_store(url: str | os.PathLike, settings: Mapping[str, Any]) -> bool:
     Raises:
         UserError: the store there was made with other settings (they are named).
     """
-    found = _open_values(str(url)).read("store.json").result()
+    found = open_values(str(url)).read("store.json").result()
     if found.state != "value":
         return False
-    differ = _differences(_parse_settings(str(url), found.value), json.loads(_canonical(settings)))
+    differ = _differences(
+        _parse_settings(str(url), found.value), json.loads(canonical_json(settings))
+    )
     if differ:
         raise UserError(
             f"{url}: the store was made with other settings ({'; '.join(differ)}). Give the"
@@ -250,11 +252,11 @@ def create_store(url: str | os.PathLike, settings: Mapping[str, Any]) -> Store:
         UserError: the store there was made with other settings, or there is no space for one.
     """
     if not check_store(url, settings):
-        text = _canonical({"version": VERSION, "settings": settings})
+        text = canonical_json({"version": VERSION, "settings": settings})
         try:
-            _open_values(str(url)).write("store.json", text).result()
+            open_values(str(url)).write("store.json", text).result()
         except Exception as error:
-            if not _is_full(error):
+            if not is_full(error):
                 raise
             raise UserError(
                 f"{url}: no space left to make a store. Free some, or give another folder"
@@ -292,8 +294,8 @@ def write_case(
     """
     check_case_id(case)
     image, label = np.asarray(image), np.asarray(label)
-    _check_volumes(case, image, label, spacing)
-    root = _open_values(str(url))
+    check_volumes(case, image, label, spacing)
+    root = open_values(str(url))
     if settings is not None or root.read("store.json").result().state != "value":
         create_store(url, settings or {})
     token = uuid.uuid4().hex[:12]
@@ -303,14 +305,14 @@ def write_case(
         _write_array(root, f"{prefix}image/", np.rint(levels, out=levels).astype(np.uint16))
         del levels
         _write_array(root, f"{prefix}label/", label)
-        _write_array(root, f"{prefix}locations/", _draw_locations(case, label))
+        _write_array(root, f"{prefix}locations/", draw_locations(case, label))
         record = _make_record(case, label, spacing, meta or {}, token)
         record["checksum"] = _checksums(root, record)
         record["checksum"]["record"] = _record_checksum(record)
-        root.write(f"cases/{case}/case.json", _canonical(record)).result()
+        root.write(f"cases/{case}/case.json", canonical_json(record)).result()
     except BaseException as error:
-        _remove(root, prefix)
-        if _is_full(error):
+        remove_keys(root, prefix)
+        if is_full(error):
             raise CaseError(
                 case,
                 f"no space left in {url}, nothing of the case was kept",
@@ -318,7 +320,7 @@ def write_case(
             ) from error
         raise
     # What an earlier or interrupted writing left.
-    for key in _list(root, f"cases/{case}/"):
+    for key in list_keys(root, f"cases/{case}/"):
         if not key.startswith(prefix) and not key.endswith("/case.json"):
             root.write(key, None).result()
     return record
@@ -326,76 +328,9 @@ def write_case(
 
 def remove_case(url: str | os.PathLike, case: str) -> None:
     """Takes a case out of a store; its record goes first, so it is gone at once or not at all."""
-    root = _open_values(str(url))
+    root = open_values(str(url))
     root.write(f"cases/{check_case_id(case)}/case.json", None).result()
-    _remove(root, f"cases/{case}/")
-
-
-def tumor_instances(
-    label: UInt8[np.ndarray, "x y z"], spacing: Sequence[float]
-) -> list[dict[str, Any]]:
-    """Measures each tumour: a 26-connected component of one tumour class.
-
-    Args:
-        label: uint8 [x, y, z], ids of `anatomy`.
-        spacing: voxel size (x, y, z), mm.
-
-    Returns:
-        One dictionary a tumour, by class and size (largest first): class, voxels, volume_mm3,
-        radius_mm (of the sphere of that volume), longest_inplane_mm (axial, as in RECIST), center
-        (voxel; mean of its voxels).
-    """
-    tumors: list[dict[str, Any]] = []
-    voxel = float(np.prod(spacing))
-    boxes = label_boxes(label)
-    for name, number in anatomy.TUMORS.items():
-        if number not in boxes:
-            continue
-        corner = [side.start for side in boxes[number]]
-        components, _ = label_components(label[boxes[number]] == number)
-        found: list[dict[str, Any]] = []
-        for index, box in enumerate(ndimage.find_objects(components), start=1):
-            mask: Bool[np.ndarray, "a b c"] = components[box] == index
-            where = np.argwhere(mask)
-            center = where.mean(axis=0) + [side.start for side in box] + corner
-            found.append(
-                {
-                    "class": name,
-                    "voxels": len(where),
-                    "volume_mm3": round(len(where) * voxel, 3),
-                    "radius_mm": round(float(sphere_radius(len(where) * voxel)), 3),
-                    "longest_inplane_mm": round(float(longest_inplane(mask, spacing)), 3),
-                    "center": [round(float(c), 2) for c in center],
-                }
-            )
-        tumors += sorted(found, key=lambda tumor: (-tumor["voxels"], tumor["center"]))
-    return tumors
-
-
-def _check_volumes(
-    case: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float]
-) -> None:
-    if image.ndim != 3 or image.shape != label.shape or not image.size:
-        raise CaseError(
-            case,
-            f"image has shape {image.shape} and label {label.shape}; expected both [x, y, z]",
-            "Write image and label of one grid",
-        )
-    low, high = float(image.min()), float(image.max())
-    # A NaN makes both comparisons false. Rounding may leave [0, 1] by a little.
-    if not (low >= -1e-4 and high <= 1 + 1e-4):
-        raise CaseError(
-            case, f"image values {low:g} to {high:g}; expected 0 to 1", "Clip and scale it first"
-        )
-    if label.dtype != np.uint8 or label.max() > max(anatomy.NAMES):
-        raise CaseError(
-            case,
-            f"labels are {label.dtype} up to {label.max()}; expected uint8 up to"
-            f" {max(anatomy.NAMES)}",
-            "Map them to the ids of tumorjax.anatomy",
-        )
-    if len(spacing) != 3 or not (np.isfinite(spacing).all() and min(spacing) > 0):
-        raise CaseError(case, f"spacing {spacing}", "Give three positive numbers in mm")
+    remove_keys(root, f"cases/{case}/")
 
 
 def _make_record(
@@ -423,25 +358,7 @@ def _make_record(
         "tumors": tumor_instances(label, spacing),
     }
     # As it will be read back: lists for tuples, text for keys.
-    return json.loads(_canonical(record))
-
-
-def _draw_locations(case: str, label: UInt8[np.ndarray, "x y z"]) -> Int[np.ndarray, "n 4"]:
-    """Draws up to `MAX_LOCATIONS` voxels of each label, seeded by the case's id."""
-    seed = int.from_bytes(hashlib.sha256(case.encode()).digest()[:8], "little")
-    rng = np.random.default_rng(seed)
-    rows = []
-    # Sorting all foreground once is cheaper than one pass over the volume for each label.
-    flat = np.ascontiguousarray(label).ravel()
-    foreground = np.flatnonzero(flat)
-    numbers = flat[foreground]
-    for number in np.unique(numbers):
-        voxels = foreground[numbers == number]
-        if len(voxels) > MAX_LOCATIONS:
-            voxels = np.sort(rng.choice(voxels, MAX_LOCATIONS, replace=False))
-        place = np.stack(np.unravel_index(voxels, label.shape), axis=1)
-        rows.append(np.concatenate([np.full((len(place), 1), number), place], axis=1))
-    return np.concatenate(rows or [np.zeros((0, 4))]).astype(np.int32)
+    return json.loads(canonical_json(record))
 
 
 # ---------------------------------------------------------------------------- arrays and values
@@ -474,7 +391,7 @@ def _write_array(root: ts.KvStore, prefix: str, values: np.ndarray) -> None:
             ],
         },
     }
-    ts.open(spec, create=True, context=_WRITING).result().write(values).result()
+    ts.open(spec, create=True, context=WRITING).result().write(values).result()
 
 
 def _read_array(handle: ts.TensorStore, case: str) -> np.ndarray:
@@ -492,41 +409,9 @@ def _damaged(case: str, error: Exception) -> CaseError:
     )
 
 
-def _open_values(url: str) -> ts.KvStore:
-    """Opens a path or URL as a key-value store, each key below it."""
-    parts = urlsplit(url)
-    if parts.scheme in ("", "file"):
-        # Given as a path, so that no character of it needs an escape.
-        path = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
-        return ts.KvStore.open({"driver": "file", "path": f"{path}/"}, context=_CONTEXT).result()
-    try:
-        return ts.KvStore.open(f"{url.rstrip('/')}/", context=_CONTEXT).result()
-    except ValueError as error:
-        raise UserError(
-            f"{url}: not a path or a URL that tensorstore knows (file://, gs://, s3://)"
-        ) from error
-
-
-def _list(root: ts.KvStore, prefix: str) -> list[str]:
-    """Returns the keys that start with a prefix."""
-    # "0" is the character after "/".
-    keys = root.list(ts.KvStore.KeyRange(prefix, f"{prefix[:-1]}0")).result()
-    return sorted(key.decode() for key in keys)
-
-
-def _remove(root: ts.KvStore, prefix: str) -> None:
-    for key in _list(root, prefix):
-        root.write(key, None).result()
-
-
-def _canonical(value: Any) -> bytes:
-    """Returns JSON of which each byte is determined by the value."""
-    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
-
-
 def _record_checksum(record: Mapping[str, Any]) -> str:
     sums = {key: value for key, value in record["checksum"].items() if key != "record"}
-    return hashlib.sha256(_canonical({**record, "checksum": sums})).hexdigest()
+    return hashlib.sha256(canonical_json({**record, "checksum": sums})).hexdigest()
 
 
 def _checksums(root: ts.KvStore, record: Mapping[str, Any]) -> dict[str, str]:
@@ -535,7 +420,7 @@ def _checksums(root: ts.KvStore, record: Mapping[str, Any]) -> dict[str, str]:
     for name in _ARRAYS:
         prefix = f"cases/{record['case']}/{record['token']}/{name}/"
         digest = hashlib.sha256()
-        for key in _list(root, prefix):
+        for key in list_keys(root, prefix):
             value = root.read(key).result().value
             digest.update(f"{key.removeprefix(prefix)}:{len(value)}:".encode())
             digest.update(value)
@@ -549,7 +434,7 @@ def _read_record(root: ts.KvStore, url: str, case: str) -> dict[str, Any]:
         raise CaseError(case, f"not in the store {url}", "Prepare it first")
     try:
         record = json.loads(found.value)
-        sound = found.value == _canonical(record) and record["case"] == case
+        sound = found.value == canonical_json(record) and record["case"] == case
         sound = sound and _record_checksum(record) == record["checksum"]["record"]
     except (ValueError, KeyError, TypeError):
         sound = False
@@ -581,11 +466,3 @@ def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         for key in sorted(set(there) | set(wanted))
         if there.get(key) != wanted.get(key)
     ]
-
-
-def _is_full(error: BaseException) -> bool:
-    """Says whether an error means that the disk or the quota is full."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT))
