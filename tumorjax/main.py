@@ -19,6 +19,7 @@ JOBS = {
     "segmentation": "tumorjax.training.segmenter",
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
+    "synthesis": "tumorjax.synthesis.job",
 }
 
 USAGE = f"""tumorjax --config=configs/JOB.py[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]
