@@ -63,12 +63,12 @@ LEVELS = 4095
 # and 1.1 MB. Of these 32^3 takes the least processor time, and an object store few requests. Labels
 # are a hundredth of that after compression, so fewer and larger pieces are faster.
 CHUNK = {"image": 32, "label": 48}
-# LZ4HC, since training reads its crops anew each step. Image of 273x273x333, a 96^3 crop: level 2
-# 14.6 MB in 0.10 s, 1.9 ms a crop; level 5 14.2 MB in 0.41 s, 1.7 ms; zstd at level 1 13.4 MB in
+# LZ4HC, since training reads its crops anew each step. Image of 273x273x333, a 96^3 crop: level 5
+# 14.2 MB in 0.41 s, 1.7 ms a crop; level 2 14.6 MB in 0.10 s, 1.9 ms; zstd at level 1 13.4 MB in
 # 0.12 s, 4.4 ms; LZ4 with bits shuffled 15.5 MB in 0.06 s, 2.2 ms. Labels: 0.4 MB, not shuffled. A
 # CRC in each chunk would cost 0.35 ms a crop, 11 %; `Store.verify` finds damage without it.
 _COMPRESSION = {
-    "image": {"cname": "lz4hc", "clevel": 2, "shuffle": "shuffle"},
+    "image": {"cname": "lz4hc", "clevel": 5, "shuffle": "shuffle"},
     "label": {"cname": "lz4hc", "clevel": 5, "shuffle": "noshuffle"},
     "locations": {"cname": "lz4hc", "clevel": 5, "shuffle": "shuffle"},
 }
