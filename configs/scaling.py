@@ -10,7 +10,9 @@ more patients, seeds and steps), paper (the study of Chen et al., ICCV 2025, on 
 
 from ml_collections import ConfigDict
 
+from data_prep import virtual_abdomen
 from tumorjax.data import augmentation
+from tumorjax.evaluation import settings as evaluation
 
 VARIANTS = ("virtual", "virtual_large", "paper")
 
@@ -28,17 +30,32 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.data.store = ""  # a prepared store; empty: prepare data.root into WORKDIR/store
     config.data.source = "virtual"  # virtual, abdomen_atlas, nnunet, msd
     config.data.root = ""  # the scans' folder; empty for virtual: WORKDIR/scans
+    config.data.labels = ConfigDict()  # names of labels, as in configs/preparation.py
 
-    config.virtual = ConfigDict()
-    config.virtual.seed = 0
+    # The built-in cohort; data_prep/virtual_abdomen.py says what each setting does. A study of
+    # minutes can learn one kind of tumour with more contrast and less noise than real ones.
+    config.virtual = ConfigDict(
+        {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in virtual_abdomen.default_settings().items()
+        }
+    )
+    config.virtual.tumors = ("kidney_lesion",)
+    config.virtual.patients_per_site = 14
+    config.virtual.ood_patients_per_site = 7
+    config.virtual.contrast = 2.5
+    config.virtual.noise = 0.6
+    config.virtual.variation = 0.6
+    config.virtual.distractors = 0.5
 
     config.preparation = ConfigDict()
-    config.preparation.spacing = (3.0, 3.0, 3.0)  # mm
+    config.preparation.spacing = (4.0, 4.0, 4.0)  # mm
     config.preparation.window = (-175.0, 250.0)  # HU that become 0 and 1
+    config.preparation.order = 1  # of the image's interpolation: 1 linear, 3 cubic
 
     config.cohort = ConfigDict()
-    config.cohort.ood_sites = ()
-    config.cohort.id_test = 0.2  # patients held out: a number, or a share
+    config.cohort.ood_sites = tuple(config.virtual.ood_sites)  # never trained on
+    config.cohort.id_test = 20  # patients held out: a number, or a share
     config.cohort.ood_test = 1.0
     config.cohort.annotated = "tumor"  # or "all": tumour-free scans count as annotated too
 
@@ -47,21 +64,18 @@ def get_config(variant: str = "virtual") -> ConfigDict:
         {
             "kidney": ("kidney_left", "kidney_right"),
             "kidney_lesion": ("kidney_lesion",),
-            "liver": ("liver",),
-            "liver_lesion": ("liver_lesion",),
-            "pancreas": ("pancreas",),
-            "pancreatic_lesion": ("pancreatic_lesion",),
         }
     )
 
     config.grid = ConfigDict()
-    config.grid.n_real = (3, 6, 12, 24)
+    config.grid.n_real = (4, 8, 16, 32)
     config.grid.arms = ("real", "real+synthetic")
     config.grid.seeds = (0,)
 
     config.synthesis = ConfigDict()
     config.synthesis.store = ""  # empty: WORKDIR/synthetic
     config.synthesis.synthesizer = "rules"
+    config.synthesis.prior = "difftumor"  # of shapes
     config.synthesis.per_real = 3
     config.synthesis.sizes = ConfigDict({"small": 4.0, "medium": 2.0, "large": 1.0})
 
@@ -75,19 +89,19 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.training = ConfigDict()
     config.training.patch_size = (32, 32, 32)
     config.training.batch_size = 2
-    config.training.steps = 300
-    config.training.foreground = 0.5
-    config.training.tumor_share = 0.75
+    config.training.steps = 350
+    config.training.foreground = 0.5  # share of crops that are centred on foreground
+    config.training.tumor_share = 0.8  # of those, on a tumour where there is one; None: any class
     config.training.deep_supervision = False
     config.training.batch_dice = True  # one Dice score for the batch, not for each crop
     config.training.absent_dice = False  # leave classes out of it that no crop of the batch has
-    config.training.cross_entropy_weight = 0.2  # beside Dice; 1 is nnU-Net's
+    config.training.cross_entropy_weight = 0.5  # beside Dice; 1 is nnU-Net's
     config.training.optimizer = "adamw"  # or "sgd"
-    config.training.learning_rate = 0.01
+    config.training.learning_rate = 0.005
     config.training.momentum = 0.9  # of sgd
-    config.training.weight_decay = 3e-5
+    config.training.weight_decay = 1e-4
     config.training.clip = 12.0
-    config.training.schedule = "warmup_cosine"
+    config.training.schedule = "warmup_cosine"  # or "poly"
     config.training.warmup = 0.05
     config.training.epoch_steps = 250  # of the schedule "poly"
     config.training.power = 0.9
@@ -103,11 +117,95 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.inference.batch_size = 2
     config.inference.skip_air = True
 
-    config.evaluation = ConfigDict()
+    config.evaluation = ConfigDict(evaluation.DEFAULTS)
+    config.evaluation.minimum_mm3 = 500.0  # 8 voxels of this grid
+
     config.laws = ConfigDict()
+    config.laws.margin = 1.0
+    config.laws.bootstrap = 500
+
     config.report = ConfigDict()
-    config.report.samples = 3  # test scans of each split that are shown
+    config.report.samples = 2  # test scans of each split that are shown
 
     config.mesh = ConfigDict({"cell": -1, "data": 1, "fsdp": 1, "space": 1})
     config.processes = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
+
+    if variant == "virtual_large":
+        _virtual_large(config)
+    elif variant == "paper":
+        _paper(config)
     return config
+
+
+def _three_organs(config: ConfigDict) -> None:
+    config.task.classes = ConfigDict(
+        {
+            "kidney": ("kidney_left", "kidney_right"),
+            "kidney_lesion": ("kidney_lesion",),
+            "liver": ("liver",),
+            "liver_lesion": ("liver_lesion",),
+            "pancreas": ("pancreas",),
+            "pancreatic_lesion": ("pancreatic_lesion",),
+        }
+    )
+
+
+def _virtual_large(config: ConfigDict) -> None:
+    """More patients, seeds and steps: an hour or two on 2 cores."""
+    config.virtual.patients_per_site = 24
+    config.virtual.ood_patients_per_site = 10
+    config.virtual.variation = 1.0
+    config.cohort.id_test = 30
+    config.grid.n_real = (4, 8, 16, 32, 60)
+    config.grid.seeds = (0, 1, 2)
+    config.training.steps = 1000
+
+
+def _paper(config: ConfigDict) -> None:
+    """The paper's study on AbdomenAtlas 2.0: liver, pancreas and kidney with ResEncM.
+
+    Sites that are never trained on have to be named in cohort.ood_sites; a file patients.csv
+    (case, patient, site) beside the scans says where each scan comes from.
+    """
+    config.data.source = "abdomen_atlas"
+    config.workers = 16
+    config.preparation.spacing = (1.5, 1.5, 1.5)
+    config.preparation.order = 3
+    config.cohort.ood_sites = ()
+    config.cohort.id_test = 0.1
+    config.cohort.annotated = "all"
+    _three_organs(config)
+    config.grid.n_real = (60, 120, 278, 435, 750, 1125, 1500, 3159)
+    config.grid.seeds = (0,)
+    config.model = ConfigDict(
+        {"name": "resenc_unet", "preset": "M", "dtype": "auto", "remat": False}
+    )
+    config.training = ConfigDict(
+        {
+            "patch_size": (96, 96, 96),
+            "batch_size": 2,
+            "steps": 1000 * 250,
+            "foreground": 1 / 3,
+            "tumor_share": None,
+            "deep_supervision": True,
+            "batch_dice": False,
+            "absent_dice": True,
+            "cross_entropy_weight": 1.0,
+            "optimizer": "sgd",
+            "learning_rate": 0.01,
+            "momentum": 0.99,
+            "weight_decay": 3e-5,
+            "clip": 12.0,
+            "schedule": "poly",
+            "warmup": 0.0,
+            "epoch_steps": 250,
+            "power": 0.9,
+            "save_every": 2500,
+            "log_every": 250,
+            "loader_threads": 8,
+        }
+    )
+    config.augmentation = ConfigDict(augmentation.DEFAULT)
+    config.inference.mirror_axes = (0, 1, 2)
+    config.inference.skip_air = False
+    config.evaluation.minimum_mm3 = 0.0

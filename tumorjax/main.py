@@ -53,7 +53,8 @@ def entry() -> None:
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         print(USAGE)
         return
-    absl_logging.set_verbosity(absl_logging.INFO)
+    # Orbax tells of every step of a save at level INFO.
+    absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("distributed").setLevel(logging.ERROR)
     try:
         app.run(main, flags_parser=_parse)

@@ -27,6 +27,7 @@ from tumorjax.scaling import grid, laws, report
 from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
 from tumorjax.settings import first_difference, plain
 from tumorjax.synthesis.implant import make_store
+from tumorjax.training.segmenter import check_grid_of
 from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
@@ -161,18 +162,24 @@ def _check(config: ConfigDict, workdir: Path) -> None:
 def _prepare(config: ConfigDict, workdir: Path) -> tuple[Store, list[dict[str, Any]]]:
     """Opens the store that the config names, or makes the study's own."""
     if config.data.store:
-        return open_store(config.data.store), []
+        store = open_store(config.data.store)
+        check_grid_of(store, config.preparation)
+        return store, []
     url = str(workdir / "store")
-    source_settings = config.virtual.to_dict() if config.data.source == "virtual" else {}
+    virtual = config.data.source == "virtual"
+    settings = config.preparation.to_dict()
+    settings["source_settings"] = (
+        config.virtual.to_dict() if virtual else {"labels": config.data.labels.to_dict()}
+    )
     rejected = prepare(
         config.data.source,
         config.data.root or str(workdir / "scans"),
         url,
-        config.preparation | {"source_settings": source_settings},
+        settings,
         workdir,
         workers=config.workers,
     )
-    return open_store(url), list(rejected)
+    return open_store(url), [dict(row) for row in rejected]
 
 
 def _gather(

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
@@ -192,6 +190,24 @@ def train_segmenter(
     return jax.tree_util.Partial(segmenter.apply, state["parameters"])
 
 
+def check_grid_of(store: Store, preparation: ConfigDict) -> None:
+    """Checks that a store was made with the spacing and window that a training assumes.
+
+    A network remembers them from its configuration: prediction would resample to another grid.
+
+    Raises:
+        UserError: they differ.
+    """
+    for name in ("spacing", "window"):
+        wanted = [float(value) for value in preparation[name]]
+        found = [float(value) for value in store.settings[name]]
+        if wanted != found:
+            raise UserError(
+                f"{store.url}: made with {name} {found}, and preparation.{name} is {wanted}."
+                f" Set --config.preparation.{name} to the store's, or prepare it anew"
+            )
+
+
 def run(config: ConfigDict, workdir: Path) -> int:
     """The job "segmentation": trains one segmenter on the cases of a store."""
     done = workdir / "done.json"
@@ -199,6 +215,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if not config.data.store:
         raise UserError("data.store is empty. Give the store that the preparation job wrote")
     store = open_store(config.data.store)
+    check_grid_of(store, config.preparation)
     cases = list(config.data.cases) or store.cases
     missing = sorted(set(cases) - set(store.cases))
     if missing or not cases:
@@ -215,8 +232,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
         def progress(step: int, row: Mapping[str, float]) -> None:
             bar.update(step - bar.n)
-            dice = np.nanmean([v for k, v in row.items() if k.startswith("dice_")] or [np.nan])
-            logging.info("step %d loss %.3f dice %.2f", step, row["loss"], dice)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
 
         sources = [(store, case) for case in cases]
         try:
