@@ -38,6 +38,10 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"unexpected argument {argv[1]!r}. Settings are given as --config.key=value"
         )
+    # Orbax and Dask tell of every step of a save and of every worker at level INFO.
+    if not flags.FLAGS["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     config = _CONFIG.value
     if config.get("job") not in JOBS:
         raise UserError(
@@ -53,9 +57,6 @@ def entry() -> None:
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         print(USAGE)
         return
-    # Orbax tells of every step of a save at level INFO.
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("distributed").setLevel(logging.ERROR)
     try:
         app.run(main, flags_parser=_parse)
     except (UserError, CaseError) as error:
