@@ -40,9 +40,9 @@ def get_config(variant: str = "virtual") -> ConfigDict:
             for key, value in virtual_abdomen.default_settings().items()
         }
     )
-    config.virtual.tumors = ("kidney_lesion",)
-    config.virtual.patients_per_site = 14
-    config.virtual.ood_patients_per_site = 7
+    config.virtual.tumors = ("liver_lesion",)
+    config.virtual.patients_per_site = 13
+    config.virtual.ood_patients_per_site = 6
     config.virtual.contrast = 2.5
     config.virtual.noise = 0.6
     config.virtual.variation = 0.6
@@ -60,12 +60,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.cohort.annotated = "tumor"  # or "all": tumour-free scans count as annotated too
 
     config.task = ConfigDict()
-    config.task.classes = ConfigDict(
-        {
-            "kidney": ("kidney_left", "kidney_right"),
-            "kidney_lesion": ("kidney_lesion",),
-        }
-    )
+    config.task.classes = ConfigDict({"liver": ("liver",), "liver_lesion": ("liver_lesion",)})
 
     config.grid = ConfigDict()
     config.grid.n_real = (4, 8, 16, 32)

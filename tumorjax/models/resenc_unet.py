@@ -7,6 +7,7 @@ weights map one to one.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,7 +25,7 @@ from tumorjax.models.layers import (
 )
 
 # The presets of nnU-Net's planners for a patch of 96^3; a sixth stage is for larger patches.
-PRESETS = {
+PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
     "M": {"widths": (32, 64, 128, 256, 320), "blocks": (1, 3, 4, 6, 6)},
     "L": {"widths": (32, 64, 128, 256, 320, 320), "blocks": (1, 3, 4, 6, 6, 6)},
 }
@@ -50,14 +51,14 @@ class Skip(nnx.Module):
     def __call__(self, x):
         if self.stride != (1, 1, 1):
             x = average_pool(x, self.stride)
-        return x if self.conv is None else self.norm(self.conv(x))
+        return self.norm(self.conv(x)) if self.conv is not None and self.norm is not None else x
 
 
 class ResidualBlock(nnx.Module):
     """Two convolutions and a shortcut (ResNet-D)."""
 
     def __init__(self, in_channels, out_channels, stride, *, dtype, rngs):
-        options = {"dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.conv1 = ConvNormAct(in_channels, out_channels, 3, stride, **options)
         self.conv2 = ConvNormAct(out_channels, out_channels, 3, act=False, **options)
         self.skip = Skip(in_channels, out_channels, stride, **options)
@@ -108,7 +109,7 @@ class ResEncUNet(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        options = {"dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         steps = [triple(s) for s in strides or (1, *(2 for _ in widths[1:]))]
         self.stem = ConvNormAct(in_channels, widths[0], 3, **options)
         encoder = []

@@ -197,7 +197,7 @@ def _write_npz(path: Path, **arrays: np.ndarray) -> None:
     write_bytes_atomic(path, _npz_bytes(**arrays))
 
 
-def _npz_bytes(**arrays: np.ndarray) -> bytes:
+def _npz_bytes(**arrays: Any) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
