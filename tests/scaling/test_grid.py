@@ -1,6 +1,7 @@
 """The cells of a study: their names, their order, and that nobody does one twice."""
 
-import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -37,13 +38,13 @@ def _work(folder: Path, places: int) -> None:
 
 
 def test_processes_and_threads_do_every_cell_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(tmp_path, 2)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    code = (
+        "import pathlib, runpy, sys;"
+        "runpy.run_path(sys.argv[1])['_work'](pathlib.Path(sys.argv[2]), 2)"
+    )
+    command = [sys.executable, "-c", code, __file__, str(tmp_path)]
+    workers = [subprocess.Popen(command) for _ in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
     done = (tmp_path / "log.txt").read_text().split()
     assert sorted(done) == sorted(cell.id for cell in grid.cells(SETTINGS))
 

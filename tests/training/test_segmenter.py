@@ -1,0 +1,130 @@
+"""Training: the same on eight devices as on one, and the same stopped and continued as not."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs.segmentation import get_config
+from tumorjax import parallel
+from tumorjax.clock import Clock
+from tumorjax.errors import UserError
+from tumorjax.files import read_csv
+from tumorjax.training import loop, segmenter
+from tumorjax.training.checkpoints import load_model, open_manager
+from tumorjax.volumes import open_store, write_case
+
+SPACING = (4.0, 4.0, 4.0)
+
+
+@pytest.fixture
+def store(tmp_path, rng):
+    url = tmp_path / "store"
+    settings = {"spacing": list(SPACING), "window": [-175.0, 250.0]}
+    for case in ("a", "b"):
+        image = rng.random((20, 18, 16), np.float32)
+        label = np.zeros(image.shape, np.uint8)
+        label[4:12, 4:12, 4:12] = 5  # liver
+        label[6:9, 6:9, 6:9] = 27  # liver_lesion
+        image[label == 27] *= 0.3
+        write_case(url, case, image, label, SPACING, {"patient": case}, settings)
+    return open_store(url)
+
+
+def _config(**training):
+    config = get_config()
+    config.model.widths = (4, 8)
+    config.model.blocks = (1, 1)
+    config.training.patch_size = (8, 8, 8)
+    config.training.batch_size = 8
+    config.training.steps = 4
+    config.training.save_every = 2
+    config.training.log_every = 1
+    for name, value in training.items():
+        config.training[name] = value
+    return config
+
+
+def _train(config, store, folder, devices=1, **sizes):
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh = parallel.make_mesh(sizes or {"data": devices}, jax.devices()[:devices])
+    sources = [(store, case) for case in store.cases]
+    apply = segmenter.train_segmenter(config, sources, folder, mesh, clock=Clock())
+    return jax.tree.map(np.asarray, apply.args[0])
+
+
+def test_eight_devices_train_as_one_does(store, tmp_path):
+    # Not AdamW: a bias before a norm has no gradient but rounding, which AdamW makes steps of.
+    config = _config(optimizer="sgd")
+    one = _train(config, store, tmp_path / "one")
+    eight = _train(config, store, tmp_path / "eight", 8, data=4, fsdp=2)
+    for name, value in one.items():
+        np.testing.assert_allclose(eight[name], value, atol=2e-4, err_msg=name)
+    curves = [read_csv(tmp_path / name / "metrics.csv") for name in ("one", "eight")]
+    for a, b in zip(*curves, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
+def test_continued_training_ends_with_the_same_bits(store, tmp_path, monkeypatch):
+    whole = _train(_config(), store, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, row):
+        if step == 3:
+            raise Killed
+
+    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
+    sources = [(store, case) for case in store.cases]
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    with pytest.raises(Killed):
+        segmenter.train_segmenter(_config(), sources, folder, mesh, clock=Clock(), progress=kill)
+    with open_manager(folder) as manager:
+        assert manager.latest_step() == 2
+    continued = _train(_config(), store, folder)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(continued[name], value, err_msg=name)
+    assert [row["step"] for row in read_csv(folder / "metrics.csv")] == ["1", "2", "3", "4"]
+
+
+def test_a_checkpoint_of_another_network_is_refused(store, tmp_path):
+    _train(_config(), store, tmp_path / "run")
+    other = _config()
+    other.model.widths = (8, 8)
+    with pytest.raises(UserError, match="checkpoint of another network"):
+        _train(other, store, tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_ends_the_training(store, tmp_path):
+    config = _config(learning_rate=1e30, clip=1e30, warmup=0.0, optimizer="sgd", steps=8)
+    with pytest.raises(loop.Diverged, match="learning_rate"):
+        _train(config, store, tmp_path / "run")
+
+
+def test_the_job_trains_says_when_it_is_done_and_leaves_a_model(store, tmp_path, capsys):
+    config = _config()
+    config.data.store = str(store.url)
+    config.mesh.data = 8
+    assert segmenter.run(config, tmp_path / "job") == 0
+    assert segmenter.run(config, tmp_path / "job") == 0
+    assert "already finished" in capsys.readouterr().out
+    apply, loaded = load_model(tmp_path / "job")
+    assert apply(np.ones((1, 8, 8, 8, 1), np.float32)).shape == (1, 8, 8, 8, 3)
+    assert loaded.training.steps == 4
+
+
+def test_a_store_on_another_grid_is_refused(store, tmp_path):
+    config = _config()
+    config.data.store = str(store.url)
+    config.preparation.spacing = (3.0, 3.0, 3.0)
+    with pytest.raises(UserError, match="spacing"):
+        segmenter.run(config, tmp_path / "job")
+
+
+def test_missing_models_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoints"):
+        load_model(tmp_path)
