@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tumorjax.errors import UserError
 from tumorjax.scaling import grid
 
 SETTINGS = {"n_real": (60, 120), "arms": ("real", "real+synthetic"), "seeds": (0, 1)}
@@ -18,6 +19,14 @@ def test_cells_are_named_as_users_know_them_and_come_seed_by_seed():
     assert names[:3] == ["real-n0060-s0", "real+synthetic-n0060-s0", "real-n0120-s0"]
     assert len(set(names)) == len(names) == 8
     assert [name[-1] for name in names] == ["0"] * 4 + ["1"] * 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_real", ("abc",)), ("n_real", "abc"), ("seeds", (0, 0))]
+)
+def test_a_grid_that_is_no_grid_is_told(key, value):
+    with pytest.raises(UserError, match=f"grid.{key}"):
+        grid.cells(SETTINGS | {key: value})
 
 
 def _work(folder: Path, places: int) -> None:

@@ -298,6 +298,8 @@ def _predict_cases(
                 mirror_axes=axes,
                 batch_size=config.inference.batch_size,
                 mirror_table=mirrored,
+                # As the study that trained it tests it.
+                skip_air=bool(trained.get("inference", {}).get("skip_air", False)),
             )
         except CaseError as error:
             yield error, False

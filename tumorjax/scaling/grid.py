@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tumorjax.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -32,7 +34,16 @@ def cells(settings: Mapping[str, Any]) -> list[Cell]:
 
     Args:
         settings: n_real, arms and seeds.
+
+    Raises:
+        UserError: n_real or seeds are not whole numbers, or one comes twice.
     """
+    for key in ("n_real", "seeds"):
+        values = settings[key]
+        if isinstance(values, str) or not all(isinstance(value, int) for value in values):
+            raise UserError(f"grid.{key} is {values!r}. Expected whole numbers, such as (4,8)")
+        if len(set(values)) < len(values):
+            raise UserError(f"grid.{key} is {tuple(values)}: name each number once")
     return [
         Cell(arm, int(n_real), int(seed))
         for seed in settings["seeds"]
