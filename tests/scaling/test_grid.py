@@ -22,7 +22,17 @@ def test_cells_are_named_as_users_know_them_and_come_seed_by_seed():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("n_real", ("abc",)), ("n_real", "abc"), ("seeds", (0, 0))]
+    ("key", "value"),
+    [
+        ("n_real", ("abc",)),
+        ("n_real", "abc"),
+        ("n_real", (3.5,)),
+        ("n_real", (4, 4)),
+        ("n_real", (0, 4)),
+        ("n_real", (True,)),
+        ("seeds", (0, 0)),
+        ("seeds", (-1,)),
+    ],
 )
 def test_a_grid_that_is_no_grid_is_told(key, value):
     with pytest.raises(UserError, match=f"grid.{key}"):

@@ -36,12 +36,17 @@ def cells(settings: Mapping[str, Any]) -> list[Cell]:
         settings: n_real, arms and seeds.
 
     Raises:
-        UserError: n_real or seeds are not whole numbers, or one comes twice.
+        UserError: n_real or seeds are not whole numbers from 1 and 0 on, or one comes twice.
     """
-    for key in ("n_real", "seeds"):
+    for key, least in (("n_real", 1), ("seeds", 0)):
         values = settings[key]
-        if isinstance(values, str) or not all(isinstance(value, int) for value in values):
-            raise UserError(f"grid.{key} is {values!r}. Expected whole numbers, such as (4,8)")
+        if isinstance(values, str) or not all(
+            isinstance(value, int) and not isinstance(value, bool) and value >= least
+            for value in values
+        ):
+            raise UserError(
+                f"grid.{key} is {values!r}. Expected whole numbers from {least} on, such as (4,8)"
+            )
         if len(set(values)) < len(values):
             raise UserError(f"grid.{key} is {tuple(values)}: name each number once")
     return [
