@@ -25,6 +25,8 @@ def run(config, workdir):
         raise UserError("the disk is full. Free some")
     if config.ending == "case error":
         raise CaseError("case_7", "4D, expected 3D", "Give one phase")
+    if config.ending == "crash":
+        raise KeyError("lesion_volume")
     return {"done": None, "zero": 0, "set aside": 1}[config.ending]
 """
 CONFIG = """
@@ -69,6 +71,13 @@ def test_exit_codes_of_jobs(command):
     }.items():
         result = command("--config=fake.py", f"--config.ending={ending}")
         assert (result.returncode, result.stderr) == (2, line)
+
+
+def test_a_crash_is_told_from_cases_set_aside(command):
+    result = command("--config=fake.py", "--config.ending=crash")
+    assert result.returncode == 3
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.endswith("KeyError: 'lesion_volume'\n")
 
 
 def test_variants_overrides_and_the_default_workdir(command):

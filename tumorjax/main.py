@@ -4,6 +4,7 @@ import importlib
 import logging
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags
@@ -26,7 +27,8 @@ USAGE = f"""tumorjax --config=configs/JOB.py[:VARIANT] [--workdir=DIR] [--config
 
 JOB is one of {", ".join(JOBS)}. Its config file says what it does, its variants and its
 keys. Results go to DIR (default runs/JOB); run again, a job goes on where it stopped.
-Exit codes: 0 all done; 1 finished, with cases set aside (DIR/rejected.csv); 2 wrong use."""
+Exit codes: 0 all done; 1 finished, with cases set aside (DIR/rejected.csv); 2 wrong use;
+3 a defect of tumorjax, with its traceback."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT if any.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; default runs/JOB.")
@@ -53,7 +55,11 @@ def main(argv: list[str]) -> int:
 
 
 def entry() -> None:
-    """Runs a job. Exit code 0: done; 1: done, some cases set aside; 2: wrong use, in one line."""
+    """Runs a job.
+
+    Exit code 0: done; 1: done, some cases set aside; 2: wrong use, in one line; 3: a defect of
+    tumorjax, with its traceback.
+    """
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         print(USAGE)
         return
@@ -62,6 +68,10 @@ def entry() -> None:
     except (UserError, CaseError) as error:
         print(f"tumorjax: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        # Python itself would exit with 1, which here means that cases were set aside.
+        traceback.print_exc()
+        sys.exit(3)
 
 
 def _parse(arguments: list[str]) -> list[str]:
