@@ -1,0 +1,114 @@
+"""Checkpoints: what is saved comes back, and what does not belong together is told."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tumorjax import models, parallel
+from tumorjax.errors import UserError
+from tumorjax.training import checkpoints
+
+
+def _config(**model):
+    settings = {"name": "resenc_unet", "widths": [2, 4], "blocks": [1, 1], "dtype": "float32"}
+    classes = {"liver": ["liver"], "liver_lesion": ["liver_lesion"]}
+    return ConfigDict({"model": settings | model, "task": {"classes": classes}})
+
+
+def _state(seed, config=None):
+    network = checkpoints.build_model(config or _config(), deep_supervision=False, seed=seed)
+    parameters = models.functional(network)[1]
+    return {"parameters": parameters, "step": jnp.asarray(seed, jnp.int32)}
+
+
+def _write(folder, *steps):
+    (folder / "config.json").write_text(json.dumps(_config().to_dict()))
+    with checkpoints.open_manager(folder, keep=len(steps)) as manager:
+        for step in steps:
+            checkpoints.save(manager, step, _state(step), 10 * step)
+
+
+def _assert_equal(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_the_newest_state_comes_back_with_its_position_on_any_mesh(tmp_path):
+    _write(tmp_path, 1, 2)
+    mesh = parallel.make_mesh({"data": 4, "fsdp": 2})
+    blank = jax.tree.map(jnp.zeros_like, _state(0))
+    like = jax.device_put(blank, parallel.state_shardings(mesh, blank))
+    with checkpoints.open_manager(tmp_path) as manager:
+        state, position = checkpoints.restore_newest(manager, like)
+    assert (int(state["step"]), position) == (2, 20)
+    _assert_equal(state["parameters"], _state(2)["parameters"])
+    kernel = state["parameters"]["encoder.1.blocks.0.conv2.conv.kernel"]
+    assert kernel.addressable_shards[0].data.shape == (3, 3, 3, 4, 2)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
+    with checkpoints.open_manager(tmp_path) as manager:
+        assert checkpoints.restore_newest(manager, _state(0)) is None
+
+
+def test_as_many_checkpoints_stay_as_asked_for(tmp_path):
+    with checkpoints.open_manager(tmp_path) as manager:
+        for step in (1, 2):
+            checkpoints.save(manager, step, _state(step), step)
+        manager.wait_until_finished()
+        assert list(manager.all_steps()) == [2]
+
+
+def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, rng):
+    _write(tmp_path, 1, 2)
+    x = jnp.asarray(rng.standard_normal((1, 4, 4, 4, 1)), jnp.float32)
+    for step, seed in ((None, 2), (1, 1)):
+        apply, config = checkpoints.load_model(tmp_path, step)
+        network = checkpoints.build_model(_config(), deep_supervision=False, seed=seed)
+        np.testing.assert_allclose(apply(x), network(x), atol=1e-5)
+        _assert_equal(apply.args[0], models.functional(network)[1])
+    assert list(config.task.classes) == ["liver", "liver_lesion"]
+    with pytest.raises(UserError, match="no checkpoint 7"):
+        checkpoints.load_model(tmp_path, 7)
+
+
+def test_a_checkpoint_of_another_network_is_told(tmp_path):
+    _write(tmp_path, 1)
+    other = _config(widths=[2, 6])
+    with (
+        checkpoints.open_manager(tmp_path) as manager,
+        pytest.raises(UserError, match=r"another network .* 4 in the checkpoint, 6 in the config"),
+    ):
+        checkpoints.restore_newest(manager, _state(0, other))
+    (tmp_path / "config.json").write_text(json.dumps(_config(blocks=[1, 2]).to_dict()))
+    with pytest.raises(UserError, match="missing in the checkpoint"):
+        checkpoints.load_model(tmp_path)
+
+
+def test_folders_without_a_model_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        checkpoints.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{half")
+    with pytest.raises(UserError, match=r"config\.json: not readable"):
+        checkpoints.load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(_config().to_dict()))
+    with pytest.raises(UserError, match="no checkpoints"):
+        checkpoints.load_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="Train first"):
+        checkpoints.load_model(tmp_path)
+
+
+def test_shapes_of_a_network_need_no_weights():
+    apply, abstract = checkpoints.abstract_model(_config())
+    parameters = _state(0)["parameters"]
+    assert {n: (v.shape, v.dtype) for n, v in abstract.items()} == {
+        n: (v.shape, v.dtype) for n, v in parameters.items()
+    }
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 4, 1)), jnp.float32)
+    assert apply(parameters, x).shape == (1, 4, 4, 4, 3)
