@@ -1,3 +1,5 @@
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -77,3 +79,16 @@ def test_unusable_connectivity_and_shape_are_refused(rng):
         label_components(mask, 8)
     with pytest.raises(ValueError, match=r"\(4, 4\)"):
         label_components(mask[0])
+
+
+@pytest.mark.parametrize("connectivity", [6, 18, 26])
+def test_masks_of_a_few_voxels_are_split_as_scipy_splits_them(rng, connectivity):
+    # A box about two lesions in one row is a line of voxels, on which cc3d itself can fail.
+    structure = ndimage.generate_binary_structure(3, RANK[connectivity])
+    for shape in itertools.product((1, 2, 3, 5), repeat=3):
+        for _ in range(5):
+            mask = rng.random(shape) < rng.random()
+            labels, count = label_components(mask, connectivity)
+            expected, expected_count = ndimage.label(mask, structure)
+            assert count == expected_count, (shape, mask)
+            assert same_partition(labels, expected)

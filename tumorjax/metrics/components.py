@@ -35,7 +35,11 @@ def label_components(
     if not mask.size:
         return np.zeros(mask.shape, np.int32), 0
     neighbours = cast(Literal[6, 18, 26], connectivity)
-    labels, count = cc3d.connected_components(mask, connectivity=neighbours, return_N=True)
+    # cc3d 4.1's way for booleans counts too few labels on a line of voxels, such as the box about
+    # two small lesions in one row, and fails; its way for integers does not.
+    line = sum(size == 1 for size in mask.shape) >= 2
+    voxels = mask.view(np.uint8) if line else mask
+    labels, count = cc3d.connected_components(voxels, connectivity=neighbours, return_N=True)
     return labels.astype(np.int32), int(count)
 
 
