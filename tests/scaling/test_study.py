@@ -65,7 +65,7 @@ def test_a_study_leaves_what_it_promises(finished):
     cells = {row["cell"] for row in rows}
     assert cells == {f"{arm}-n000{n}-s0" for arm in ("real", "real+synthetic") for n in (1, 2)}
     assert {row["split"] for row in rows} == {"id", "ood"}
-    assert {row["class"] for row in rows} == {"liver_lesion", "tumor"}
+    assert {row["class"] for row in rows} == {"kidney_lesion", "tumor"}
     assert {int(r["n_synthetic"]) for r in rows if r["arm"] == "real+synthetic"} == {3, 6}
     for name in ("laws.json", "timing.json", "report/index.html", "rejected.csv"):
         assert (finished / name).is_file(), name
@@ -91,7 +91,7 @@ def test_a_cell_is_a_checkpoint(finished):
 
     x = np.random.default_rng(0).random((1, 16, 16, 16, 1), np.float32)
     assert apply(x).shape == (1, 16, 16, 16, 3)
-    assert list(config.task.classes) == ["liver", "liver_lesion"]
+    assert list(config.task.classes) == ["liver", "kidney_lesion"]
 
 
 def test_a_finished_study_says_so_and_does_nothing(finished, capsys):
