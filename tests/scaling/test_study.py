@@ -91,7 +91,7 @@ def test_a_cell_is_a_checkpoint(finished):
 
     x = np.random.default_rng(0).random((1, 16, 16, 16, 1), np.float32)
     assert apply(x).shape == (1, 16, 16, 16, 3)
-    assert list(config.task.classes) == ["liver", "kidney_lesion"]
+    assert list(config.task.classes) == ["kidney", "kidney_lesion"]
 
 
 def test_a_finished_study_says_so_and_does_nothing(finished, capsys):
