@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from tumorjax import models
 from tumorjax.errors import UserError
@@ -130,12 +131,15 @@ def test_full_sizes_equal_their_reference(equals_reference, rng, preset, width, 
     equals_reference(model, reference, x)
 
 
-def test_a_patch_of_96_needs_four_halvings_and_the_sixth_stage_halves_nothing():
-    model = models.create("stu_net", preset="S", patch_size=(96, 96, 96), classes=2)
-    assert model.divisor == (16, 16, 16)
+@pytest.mark.parametrize(
+    ("patch", "divisor"), [((96, 96, 96), (16, 16, 16)), ((192, 96, 96), (32, 16, 16))]
+)
+def test_strides_follow_the_patch_and_further_stages_halve_nothing(patch, divisor):
+    model = nnx.eval_shape(
+        lambda: models.create("stu_net", preset="S", patch_size=patch, classes=2)
+    )
+    assert model.divisor == divisor
     assert len(model.encoder) == 6
-    large = models.create("stu_net", preset="S", patch_size=(128, 96, 96), classes=2)
-    assert large.divisor == (32, 16, 16)
 
 
 def test_wrong_settings_are_told():
