@@ -32,7 +32,7 @@ def randomise(reference, rng) -> None:
                 module.weight.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, module.weight.shape)))
 
 
-def check_equals_reference(model, reference, x, rng) -> dict[str, float]:
+def check_equals_reference(model, reference, x, rng, *, gradients=True) -> dict[str, float]:
     """Asserts that two networks are the same in weights, logits and gradients.
 
     Args:
@@ -40,6 +40,7 @@ def check_equals_reference(model, reference, x, rng) -> dict[str, float]:
         reference: the torch module; it gets random weights.
         x: input [b, x, y, z, c], float32.
         rng: draws weights and the loss.
+        gradients: compare those too; without them it takes a third of the memory.
 
     Returns:
         The largest errors of logits and gradients, relative to the largest logit of a level, and
@@ -55,20 +56,25 @@ def check_equals_reference(model, reference, x, rng) -> dict[str, float]:
     for key, value in weights.items():
         np.testing.assert_array_equal(exported[key], value.numpy(), err_msg=key)
 
-    expected = reference(torch.from_numpy(np.moveaxis(x, -1, 1).copy()))
+    del exported, model
+    with torch.set_grad_enabled(gradients):
+        expected = reference(torch.from_numpy(np.moveaxis(x, -1, 1).copy()))
     levels = list(expected) if isinstance(expected, list | tuple) else [expected]
     draws = [rng.standard_normal(tuple(level.shape)).astype(np.float32) for level in levels]
-    loss = sum((level * torch.from_numpy(r)).sum() for level, r in zip(levels, draws, strict=True))
-    loss.backward()
     apply, parameters = models.functional(ours)
-    draws = [jnp.asarray(np.moveaxis(r, 1, -1)) for r in draws]
 
     def of_loss(parameters):
         found = apply(parameters, jnp.asarray(x))
         found = found if isinstance(found, list) else [found]
-        return sum(jnp.sum(y * r) for y, r in zip(found, draws, strict=True)), found
+        of_levels = zip(found, draws, strict=True)
+        return sum(jnp.sum(y * np.moveaxis(r, 1, -1)) for y, r in of_levels), found
 
-    (_, found), gradients = jax.jit(jax.value_and_grad(of_loss, has_aux=True))(parameters)
+    if gradients:
+        of_levels = zip(levels, draws, strict=True)
+        sum((level * torch.from_numpy(r)).sum() for level, r in of_levels).backward()
+        (_, found), slopes = jax.jit(jax.value_and_grad(of_loss, has_aux=True))(parameters)
+    else:
+        _, found = jax.jit(of_loss)(parameters)
     errors = {"logits": 0.0, "gradients": 0.0}
     for mine, level in zip(found, levels, strict=True):
         theirs = np.moveaxis(level.detach().numpy(), 1, -1)
@@ -77,11 +83,13 @@ def check_equals_reference(model, reference, x, rng) -> dict[str, float]:
         error = float(np.abs(mine - theirs).max() / np.abs(theirs).max())
         errors["logits"] = max(errors["logits"], error)
     assert errors["logits"] < 1e-4
+    if not gradients:
+        return errors
 
     # Gradients come back under the reference's names by the same way as weights.
     graph, state = nnx.split(ours)
     flat = nnx.to_flat_state(state)
-    values = [(path, nnx.Param(gradients[".".join(map(str, path))])) for path, _ in flat]
+    values = [(path, nnx.Param(slopes[".".join(map(str, path))])) for path, _ in flat]
     mine = export_state_dict(nnx.merge(graph, nnx.from_flat_state(values)))
     theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     assert len(theirs) > 2
@@ -97,9 +105,17 @@ def check_equals_reference(model, reference, x, rng) -> dict[str, float]:
 
 @pytest.fixture
 def equals_reference(rng):
-    """Asserts that model and torch module agree, see `check_equals_reference`."""
+    """Asserts that model and torch module agree, see `check_equals_reference`.
+
+    `pytest -rP` shows the errors.
+    """
     pytest.importorskip("torch")
-    return lambda model, reference, x: check_equals_reference(model, reference, x, rng)
+
+    def check(model, reference, x, **options):
+        errors = check_equals_reference(model, reference, x, rng, **options)
+        print(", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+
+    return check
 
 
 @pytest.fixture
