@@ -9,8 +9,15 @@ from flax import nnx
 from jaxtyping import Array
 
 from tumorjax.errors import UserError
+from tumorjax.models.layers import Fixed
 
-NETWORKS = ("resenc_unet",)
+NETWORKS = (
+    "resenc_unet",
+    "suprem",
+    "swin_unetr",
+    "unetr",
+    "universal",
+)
 
 
 def create(name: str, **settings) -> nnx.Module:
@@ -55,10 +62,20 @@ def functional(
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     paths = {".".join(str(part) for part in path): path for path, _ in flat}
+    kinds = {name: type(variable) for name, (_, variable) in zip(paths, flat, strict=True)}
     parameters = {name: variable[...] for name, (_, variable) in zip(paths, flat, strict=True)}
 
     def apply(parameters: dict[str, Array], x: Array) -> Any:
-        values = [(path, nnx.Param(parameters[name])) for name, path in paths.items()]
+        values = [(path, kinds[name](parameters[name])) for name, path in paths.items()]
         return nnx.merge(graph, nnx.from_flat_state(values))(x)
 
     return apply, parameters
+
+
+def fixed_parameters(model: nnx.Module) -> frozenset[str]:
+    """Returns the names of the parameters that training has to leave as they are.
+
+    Their gradient is zero, but an optimizer's weight decay would shrink them.
+    """
+    flat = nnx.to_flat_state(nnx.state(model, Fixed))
+    return frozenset(".".join(str(part) for part in path) for path, _ in flat)
