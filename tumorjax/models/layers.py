@@ -65,7 +65,7 @@ class Conv(nnx.Module):
 class TransposedConv(nnx.Module):
     """Transposed convolution whose kernel is its stride."""
 
-    # PyTorch keeps the kernels of transposed convolutions as [in, out, i, j, k].
+    # PyTorch lays out such a kernel [in, out, ...]; `torch_weights` goes by this.
     transposed = True
 
     def __init__(
