@@ -46,14 +46,24 @@ def create(name: str, **settings) -> nnx.Module:
             raise UserError(f"model.{setting} is {count!r}. Expected a whole number from 1")
     if "classes" not in settings:
         raise UserError(f"model {name} needs classes: the number of its output channels")
-    module = importlib.import_module(f"tumorjax.models.{name}")
-    known = module.SETTINGS
+    known = setting_names(name)
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise UserError(
             f"model {name} has no setting {', '.join(unknown)}. Expected some of {', '.join(known)}"
         )
-    return module.create(**settings)
+    return importlib.import_module(f"tumorjax.models.{name}").create(**settings)
+
+
+def setting_names(name: str) -> tuple[str, ...]:
+    """Returns the names of the settings that the network `name` takes.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    if name not in NETWORKS:
+        raise UserError(f"model.name is {name!r}. Expected one of {', '.join(NETWORKS)}")
+    return importlib.import_module(f"tumorjax.models.{name}").SETTINGS
 
 
 def functional(

@@ -381,8 +381,6 @@ def build(
         raise UserError(f"model.window_size is {window}. Expected at least 2 voxels an axis")
     check_settings(
         name,
-        in_channels,
-        1 if classes is None else classes,
         deep_supervision,
         {2**level * feature_size: count for level, count in enumerate(heads)},
     )

@@ -212,7 +212,7 @@ def create(
     Raises:
         UserError: a setting does not fit.
     """
-    check_settings("unetr", in_channels, classes, deep_supervision, {hidden_size: heads})
+    check_settings("unetr", deep_supervision, {hidden_size: heads})
     size = triple(patch_size if isinstance(patch_size, int) else tuple(patch_size))  # type: ignore
     if any(n < TOKEN_SIZE or n % TOKEN_SIZE for n in size):
         raise UserError(

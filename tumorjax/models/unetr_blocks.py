@@ -87,37 +87,37 @@ def run_block(block: nnx.Module, *inputs: Array, remat: bool) -> Array:
     return nnx.remat(lambda block, *inputs: block(*inputs))(block, *inputs)
 
 
-def check_settings(
-    name: str, in_channels: int, classes: int, deep_supervision: bool, heads: Mapping[int, int]
-) -> None:
+def check_settings(name: str, deep_supervision: bool, heads: Mapping[int, int]) -> None:
     """Checks what the transformers' `create` functions have in common.
 
     Args:
         name: of the network.
-        in_channels: channels of the input.
-        classes: channels of the output.
         deep_supervision: which none of them has.
         heads: channels of each attention -> its heads, which must divide them.
 
     Raises:
         UserError: a setting does not fit.
     """
-    if in_channels < 1 or classes < 1:
-        raise UserError(
-            f"model {name}: {in_channels} input channels and {classes} classes. Expected at least"
-            " one of each"
-        )
-    if deep_supervision:
-        raise UserError(
-            f"model {name} has no deep supervision: its original gives logits at the finest level"
-            " alone. Set training.deep_supervision to False"
-        )
+    refuse_deep_supervision(name, deep_supervision)
     for channels, count in heads.items():
         if count < 1 or channels % count:
             raise UserError(
                 f"model {name}: {channels} channels do not divide over {count} attention heads."
                 " Choose other numbers of channels or heads"
             )
+
+
+def refuse_deep_supervision(name: str, deep_supervision: bool) -> None:
+    """Refuses deep supervision for a network whose original has none.
+
+    Raises:
+        UserError: it is asked for.
+    """
+    if deep_supervision:
+        raise UserError(
+            f"model {name} has no deep supervision: its original gives logits at the finest level"
+            " alone. Set training.deep_supervision to False"
+        )
 
 
 def check_patch(shape: Sequence[int], divisor: Sequence[int]) -> None:
