@@ -286,7 +286,9 @@ class SwinUNETR(nnx.Module):
         self.out = nnx.data(None if classes is None else Conv(width, classes, 1, **options))
         self.window = window
         self.remat = remat
-        # Each axis of an input must divide by this.
+        # Each axis of an input must divide by this. Where none is larger, the coarsest level is one
+        # voxel, which instance norm makes 0: MONAI refuses such a patch, here it trains all the
+        # same, on what the shortcuts carry.
         self.divisor = triple(2**5)
 
     def features(

@@ -211,8 +211,8 @@ def create(
         )
     if embeddings and encoding != "text":
         raise UserError(
-            f"model.embeddings is for the encoding text, and model.encoding is {encoding}. Leave one"
-            " of them out"
+            "model.embeddings is for the encoding text, and model.encoding is learned. Leave one of"
+            " them out"
         )
     table = None
     if encoding == "text":
