@@ -14,6 +14,10 @@ from tumorjax.models.layers import Fixed
 
 NETWORKS = (
     "resenc_unet",
+    "resenc_unet",
+    "plain_unet",
+    "stu_net",
+    "segresnet",
     "suprem",
     "swin_unetr",
     "unetr",
