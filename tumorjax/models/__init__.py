@@ -30,7 +30,9 @@ def create(name: str, **settings) -> nnx.Module:
     Args:
         name: one of `NETWORKS`.
         settings: those of the network's own `create`, for instance classes, widths, blocks,
-            deep_supervision, remat, seed, and dtype ("float32", "bfloat16" or a dtype).
+            deep_supervision, remat, seed, and dtype ("float32", "bfloat16" or a dtype). preset
+            "small", which every network has, gives one for crops of 32^3 on a CPU, the module's
+            SMALL; settings beside it take the place of that one's.
 
     Returns:
         model(x [b, x, y, z, 1]) -> logits [b, x, y, z, classes], float32, or with deep
@@ -49,13 +51,16 @@ def create(name: str, **settings) -> nnx.Module:
             raise UserError(f"model.{setting} is {count!r}. Expected a whole number from 1")
     if "classes" not in settings:
         raise UserError(f"model {name} needs classes: the number of its output channels")
+    module = importlib.import_module(f"tumorjax.models.{name}")
+    if settings.get("preset") == "small":
+        settings = module.SMALL | {key: settings[key] for key in settings if key != "preset"}
     known = setting_names(name)
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise UserError(
             f"model {name} has no setting {', '.join(unknown)}. Expected some of {', '.join(known)}"
         )
-    return importlib.import_module(f"tumorjax.models.{name}").create(**settings)
+    return module.create(**settings)
 
 
 def setting_names(name: str) -> tuple[str, ...]:
@@ -67,6 +72,11 @@ def setting_names(name: str) -> tuple[str, ...]:
     if name not in NETWORKS:
         raise UserError(f"model.name is {name!r}. Expected one of {', '.join(NETWORKS)}")
     return importlib.import_module(f"tumorjax.models.{name}").SETTINGS
+
+
+def has_fixed_patch(name: str) -> bool:
+    """Whether the network `name` has weights for one patch size alone, its `patch_size`."""
+    return getattr(importlib.import_module(f"tumorjax.models.{name}"), "FIXED_PATCH", False)
 
 
 def functional(

@@ -38,6 +38,8 @@ __all__ = [
 # nnU-Net's default plan, whose patches of about 128^3 have six stages: 31.2 M parameters.
 PRESETS = {"nnunet": 6}
 BLOCKS = (2,)
+# For crops of 32^3 on a CPU.
+SMALL = {"widths": (8, 16, 32, 64), "blocks": (2, 2, 2, 2), "decoder_blocks": 1}
 SETTINGS = (
     *("classes", "in_channels", "preset", "patch_size", "stages", "widths", "blocks"),
     *("decoder_blocks", "strides", "kernels", "deep_supervision", "remat", "dtype", "seed"),

@@ -47,6 +47,8 @@ __all__ = [
 # in the number of stages where none is given; widths and blocks of each stage are the same.
 PRESETS = {"M": 5, "L": 6, "XL": 6}
 BLOCKS = (1, 3, 4, 6)
+# For crops of 32^3 on a CPU.
+SMALL = {"widths": (8, 16, 32, 64), "blocks": (1, 1, 1, 1)}
 SETTINGS = (
     *("classes", "in_channels", "preset", "patch_size", "stages", "widths", "blocks"),
     *("decoder_blocks", "strides", "kernels", "deep_supervision", "remat", "dtype", "seed"),

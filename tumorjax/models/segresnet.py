@@ -24,6 +24,8 @@ from tumorjax.models.upsampling import OverlappingTransposedConv, upsample_linea
 VARIANTS = ("segresnet", "segresnet_ds")
 NORMS = ("group", "instance")
 UPSAMPLING = ("nontrainable", "deconv")
+# For crops of 32^3 on a CPU.
+SMALL = {"init_filters": 8, "blocks_down": (1, 1, 1, 1)}
 SETTINGS = (
     *("classes", "in_channels", "variant", "init_filters", "blocks_down", "blocks_up", "norm"),
     *("groups", "upsample_mode", "resolution", "dsdepth", "deep_supervision", "remat", "dtype"),

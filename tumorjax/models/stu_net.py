@@ -22,6 +22,8 @@ from tumorjax.models.upsampling import upsample_nearest
 # Size -> width of the first stage and blocks of each: the paper scales both together.
 PRESETS = {"S": (16, 1), "B": (32, 1), "L": (64, 2), "H": (96, 3)}
 MULTIPLES = (1, 2, 4, 8, 16, 16)
+# For crops of 32^3 on a CPU.
+SMALL = {"widths": (8, 16, 32, 64), "blocks": (1, 1, 1, 1)}
 SETTINGS = (
     *("classes", "in_channels", "preset", "patch_size", "widths", "blocks", "strides", "kernels"),
     *("deep_supervision", "remat", "dtype", "seed"),

@@ -27,6 +27,8 @@ BACKBONES = {
     "swin_unetr": ("feature_size", "depths", "merging"),
     "segresnet": ("init_filters", "blocks_down", "blocks_up"),
 }
+# For crops of 32^3 on a CPU.
+SMALL = {"backbone": "unet", "width": 8}
 SETTINGS = (
     *("classes", "in_channels", "backbone", "deep_supervision", "remat", "dtype", "seed"),
     *(name for names in BACKBONES.values() for name in names),

@@ -32,6 +32,8 @@ from tumorjax.models.unetr_blocks import (
 
 __all__ = ["SETTINGS", "SwinUNETR", "create", "torch_buffers", "torch_heads", "torch_names"]
 
+# For crops of 32^3 on a CPU.
+SMALL = {"feature_size": 12, "depths": (1, 1, 1, 1), "heads": (2, 2, 4, 4), "window_size": 4}
 SETTINGS = (
     *("classes", "in_channels", "feature_size", "version", "depths", "heads", "window_size"),
     *("merging", "deep_supervision", "remat", "dtype", "seed"),

@@ -29,6 +29,9 @@ from tumorjax.models.unetr_blocks import (
 
 __all__ = ["SETTINGS", "UNETR", "create", "torch_heads", "torch_names"]
 
+FIXED_PATCH = True  # its tokens' places are learned
+# For crops of 32^3 on a CPU.
+SMALL = {"feature_size": 8, "hidden_size": 96, "mlp_width": 192, "heads": 4}
 SETTINGS = (
     *("classes", "in_channels", "patch_size", "feature_size", "hidden_size", "mlp_width", "heads"),
     *("qkv_bias", "deep_supervision", "remat", "dtype", "seed"),

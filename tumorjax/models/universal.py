@@ -33,6 +33,8 @@ from tumorjax.models.layers import Conv, Fixed, GroupNorm, normal
 from tumorjax.models.transformer import Dense
 from tumorjax.models.unetr_blocks import refuse_deep_supervision, run_block
 
+# For crops of 32^3 on a CPU.
+SMALL = {"width": 8}
 SETTINGS = (
     *("classes", "in_channels", "backbone", "encoding", "embeddings", "class_names", "width"),
     *("statistics", "feature_size", "depths", "merging", "deep_supervision", "remat", "dtype"),

@@ -103,10 +103,14 @@ def load_model(folder: str | Path, step: int | None = None) -> tuple[jax.tree_ut
 def build_model(config: Any, *, deep_supervision: bool, seed: int = 0) -> Any:
     """Builds the network of a training's configuration."""
     class_table(config.task.classes)
-    settings = {key: value for key, value in config.model.items() if key != "name"}
+    settings = {
+        key: value for key, value in config.model.items() if key != "name" and value is not None
+    }
     settings["dtype"] = compute_dtype(settings.get("dtype", "auto"))
     if "class_names" in models.setting_names(config.model.name):
         settings.setdefault("class_names", tuple(config.task.classes))
+    if models.has_fixed_patch(config.model.name):
+        settings.setdefault("patch_size", tuple(config.training.patch_size))
     return models.create(
         config.model.name,
         classes=len(config.task.classes) + 1,
