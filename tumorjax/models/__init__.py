@@ -14,7 +14,6 @@ from tumorjax.models.layers import Fixed
 
 NETWORKS = (
     "resenc_unet",
-    "resenc_unet",
     "plain_unet",
     "stu_net",
     "segresnet",
