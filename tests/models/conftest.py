@@ -48,7 +48,7 @@ def randomise(reference, rng) -> None:
                 module.weight.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, module.weight.shape)))
 
 
-def check_equals_reference(model, reference, x, rng, gradients=True) -> dict[str, float]:
+def check_equals_reference(model, reference, x, rng, *, gradients=True) -> dict[str, float]:
     """Asserts that two networks are the same in weights, logits and gradients.
 
     Args:
@@ -56,7 +56,7 @@ def check_equals_reference(model, reference, x, rng, gradients=True) -> dict[str
         reference: the torch module; it gets random weights.
         x: input [b, x, y, z, c], float32.
         rng: draws weights and the loss.
-        gradients: whether to compare them too.
+        gradients: compare those too; without them it takes a third of the memory.
 
     Returns:
         The largest errors of logits and gradients, relative to the largest logit of a level, and
@@ -71,23 +71,26 @@ def check_equals_reference(model, reference, x, rng, gradients=True) -> dict[str
     assert exported.keys() == weights.keys()
     for key, value in weights.items():
         np.testing.assert_array_equal(exported[key], value.numpy(), err_msg=key)
-
-    expected = reference(torch.from_numpy(np.moveaxis(x, -1, 1).copy()))
+    # Networks of gigabytes are held three times as it is.
+    del exported, model
+    with torch.set_grad_enabled(gradients):
+        expected = reference(torch.from_numpy(np.moveaxis(x, -1, 1).copy()))
     levels = list(expected) if isinstance(expected, list | tuple) else [expected]
     draws = [rng.standard_normal(tuple(level.shape)).astype(np.float32) for level in levels]
-    loss = sum((level * torch.from_numpy(r)).sum() for level, r in zip(levels, draws, strict=True))
-    loss.backward()
     apply, parameters = models.functional(ours)
-    draws = [jnp.asarray(np.moveaxis(r, 1, -1)) for r in draws]
 
     def of_loss(parameters):
         found = apply(parameters, jnp.asarray(x))
         found = found if isinstance(found, list) else [found]
-        return sum(jnp.sum(y * r) for y, r in zip(found, draws, strict=True)), found
+        of_levels = zip(found, draws, strict=True)
+        return sum(jnp.sum(y * np.moveaxis(r, 1, -1)) for y, r in of_levels), found
 
+    if gradients:
+        of_levels = zip(levels, draws, strict=True)
+        sum((level * torch.from_numpy(r)).sum() for level, r in of_levels).backward()
     function = jax.value_and_grad(of_loss, has_aux=True) if gradients else of_loss
     result = compile_and_run(function, parameters)
-    (_, found), slopes = result if gradients else (result, None)
+    (_, found), slopes = result if gradients else (result, {})
     errors = {"logits": 0.0, "gradients": 0.0}
     for mine, level in zip(found, levels, strict=True):
         theirs = np.moveaxis(level.detach().numpy(), 1, -1)
@@ -118,11 +121,17 @@ def check_equals_reference(model, reference, x, rng, gradients=True) -> dict[str
 
 @pytest.fixture
 def equals_reference(rng):
-    """Asserts that model and torch module agree, see `check_equals_reference`."""
+    """Asserts that model and torch module agree, see `check_equals_reference`.
+
+    `pytest -rP` shows the errors.
+    """
     pytest.importorskip("torch")
-    return lambda model, reference, x, **options: check_equals_reference(
-        model, reference, x, rng, **options
-    )
+
+    def check(model, reference, x, **options):
+        errors = check_equals_reference(model, reference, x, rng, **options)
+        print(", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+
+    return check
 
 
 @pytest.fixture
