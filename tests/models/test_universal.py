@@ -134,13 +134,13 @@ def test_over_swin_unetr_equals_the_reference(rng, equals_reference, swin_refere
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(32, 64, 32), (64, 32, 32)])
 def test_gradients_over_swin_unetr_equal_the_references(
-    rng, equals_reference, swin_reference, shape
+    rng, equals_reference, without_kinks, swin_reference, shape
 ):
     sizes = {"feature_size": 12, "depths": (1, 1, 1, 1)}
     model = models.create("universal", classes=3, backbone="swin_unetr", **sizes)
     backbone = _swin_backbone(swin_reference, 1, **sizes)
     x = rng.standard_normal((1, *shape, 1)).astype(np.float32)
-    equals_reference(model, _reference(backbone, 192, 12, 2, "text"), x)
+    equals_reference(model, without_kinks(_reference(backbone, 192, 12, 2, "text")), x)
 
 
 @pytest.mark.slow
