@@ -41,12 +41,14 @@ def test_logits_and_weights_equal_monais(rng, equals_reference, patch_size, in_c
 @pytest.mark.parametrize(
     ("patch_size", "in_channels", "classes"), [((32, 16, 16), 1, 3), ((16, 16, 48), 2, 2)]
 )
-def test_gradients_equal_monais(rng, equals_reference, patch_size, in_channels, classes):
+def test_gradients_equal_monais(
+    rng, equals_reference, without_kinks, patch_size, in_channels, classes
+):
     model = models.create(
         "unetr", classes=classes, in_channels=in_channels, patch_size=patch_size, **TINY
     )
     x = rng.standard_normal((1, *patch_size, in_channels)).astype(np.float32)
-    equals_reference(model, _reference(in_channels, classes, patch_size), x)
+    equals_reference(model, without_kinks(_reference(in_channels, classes, patch_size)), x)
 
 
 @pytest.mark.slow

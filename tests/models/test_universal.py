@@ -9,7 +9,6 @@ is MONAI's with the order of patch merging of that code.
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,9 +102,9 @@ def test_swin_unetr_has_the_references_parameters(
     def make():
         return _reference(_swin_backbone(swin_reference, 1, feature_size=48), 768, 48, 32, "text")
 
-    # The table of embeddings is a buffer there, and no parameter.
-    count = parameters_of("universal", classes=33, backbone="swin_unetr") - 32 * 512
-    assert count == torch_parameters_of(make)
+    assert parameters_of("universal", classes=33, backbone="swin_unetr") == (
+        torch_parameters_of(make)
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,13 +134,13 @@ def test_over_swin_unetr_equals_the_reference(rng, equals_reference, swin_refere
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(32, 64, 32), (64, 32, 32)])
 def test_gradients_over_swin_unetr_equal_the_references(
-    rng, equals_reference, swin_reference, shape
+    rng, equals_reference, without_kinks, swin_reference, shape
 ):
     sizes = {"feature_size": 12, "depths": (1, 1, 1, 1)}
     model = models.create("universal", classes=3, backbone="swin_unetr", **sizes)
     backbone = _swin_backbone(swin_reference, 1, **sizes)
     x = rng.standard_normal((1, *shape, 1)).astype(np.float32)
-    equals_reference(model, _reference(backbone, 192, 12, 2, "text"), x)
+    equals_reference(model, without_kinks(_reference(backbone, 192, 12, 2, "text")), x)
 
 
 @pytest.mark.slow
@@ -159,11 +158,11 @@ def test_full_size_equals_the_reference(
     equals_reference(model, reference, x, gradients=False)
 
 
-def test_background_is_where_no_class_has_a_positive_output(rng):
+def test_background_is_where_no_class_has_a_positive_output(rng, run_once):
     model = models.create("universal", classes=4, **TINY)
     apply, parameters = models.functional(model)
     x = jnp.asarray(rng.standard_normal((1, 16, 8, 8, 1)), jnp.float32)
-    logits = np.asarray(jax.jit(apply)(parameters, x))
+    logits = np.asarray(run_once(apply, parameters, x))
     assert logits.shape == (1, 16, 8, 8, 4)
     np.testing.assert_array_equal(logits[..., 0], 0)
     assert np.std(logits[..., 1:]) > 0
@@ -171,7 +170,7 @@ def test_background_is_where_no_class_has_a_positive_output(rng):
     np.testing.assert_array_equal(logits.argmax(-1) == 0, none)
 
 
-def test_classes_follow_their_embeddings(tmp_path, rng):
+def test_classes_follow_their_embeddings(tmp_path, rng, run_once):
     names = ("liver", "pancreas", "pancreas tumor")
     vectors = {name: rng.standard_normal(20).astype(np.float32) for name in names}
     np.savez(tmp_path / "table.npz", **vectors)
@@ -184,7 +183,7 @@ def test_classes_follow_their_embeddings(tmp_path, rng):
             "universal", classes=4, embeddings=str(tmp_path / file), class_names=order, **TINY
         )
         apply, parameters = models.functional(model)
-        return np.asarray(jax.jit(apply)(parameters, x))
+        return np.asarray(run_once(apply, parameters, x))
 
     expected = logits("table.npz", names)
     np.testing.assert_array_equal(logits("table.npz", None), expected)
@@ -194,7 +193,7 @@ def test_classes_follow_their_embeddings(tmp_path, rng):
     # A training's classes are looked up by their names.
     config = ConfigDict(
         {
-            "task": {"classes": {"pancreas tumor": ["pancreas tumor"], "liver": ["liver"]}},
+            "task": {"classes": {"pancreas": ["pancreas"], "liver": ["liver"]}},
             "model": {"name": "universal", "embeddings": str(tmp_path / "table.npz"), **TINY},
         }
     )
@@ -216,7 +215,7 @@ def test_only_the_table_depends_on_the_classes(caplog):
     source = models.create("universal", classes=5, seed=1, **TINY)
     weights = export_state_dict(source)
     model = import_state_dict(models.create("universal", classes=3, **TINY), weights)
-    assert "head.organ_embedding" in caplog.text
+    assert "organ_embedding [2, 512]" in caplog.text
     np.testing.assert_array_equal(
         export_state_dict(model)["controller.weight"], weights["controller.weight"]
     )

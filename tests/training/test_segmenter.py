@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from configs.segmentation import get_config
-from tumorjax import parallel
+from tumorjax import models, parallel
 from tumorjax.clock import Clock
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv
 from tumorjax.training import loop, segmenter
-from tumorjax.training.checkpoints import load_model, open_manager
+from tumorjax.training.checkpoints import build_model, load_model, open_manager
 from tumorjax.volumes import open_store, write_case
 
 SPACING = (4.0, 4.0, 4.0)
@@ -128,3 +128,17 @@ def test_missing_models_are_told(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoints"):
         load_model(tmp_path)
+
+
+def test_fixed_parameters_are_left_alone_by_weight_decay(store, tmp_path):
+    config = _config(
+        optimizer="sgd", weight_decay=0.1, deep_supervision=False, batch_size=2, steps=1
+    )
+    config.model = {"name": "universal", "width": 2, "statistics": "sample"}
+    before = models.functional(build_model(config, deep_supervision=False, seed=config.seed))[1]
+    after = _train(config, store, tmp_path / "run")
+    fixed = {"head.organ_embedding"} | {n for n in before if n.endswith((".mean", ".variance"))}
+    for name, value in before.items():
+        changed = np.any(after[name] != np.asarray(value))
+        # What starts at 0 and gets no gradient stays 0; kernels do not.
+        assert not changed if name in fixed else changed or not name.endswith(".kernel"), name

@@ -176,9 +176,14 @@ class UNet3D(nnx.Module):
 
 
 def max_pool(x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 c"]:
-    """Largest values of blocks of 2^3 voxels."""
-    b, nx, ny, nz, c = x.shape
-    return x.reshape(b, nx // 2, 2, ny // 2, 2, nz // 2, 2, c).max(axis=(2, 4, 6))
+    """Largest values of blocks of 2^3 voxels; the gradient is the first largest one's."""
+    # Not jnp.max: its gradient looks for voxels equal to the result, and where XLA computes x anew
+    # for that, rounded otherwise, there is none, and 0 / 0.
+    for axis in (1, 2, 3):
+        first = jax.lax.slice_in_dim(x, 0, None, 2, axis)
+        second = jax.lax.slice_in_dim(x, 1, None, 2, axis)
+        x = jnp.where(first >= second, first, second)
+    return x
 
 
 def torch_names(parameters: Mapping[str, Array]) -> dict[str, str]:
