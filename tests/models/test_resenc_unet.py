@@ -9,6 +9,7 @@ from flax import nnx
 from tumorjax import models
 from tumorjax.errors import UserError
 from tumorjax.models.layers import InstanceNorm, average_pool
+from tumorjax.models.unet import planned_strides
 
 TINY = {"widths": (4, 8, 16), "blocks": (1, 2, 1), "classes": 3}
 
@@ -22,17 +23,6 @@ def _logits(network, x):
 def _gradient(network, x):
     apply, parameters = models.functional(network)
     return jax.jit(jax.grad(lambda p: jnp.square(apply(p, x)).mean()))(parameters)
-
-
-def test_preset_m_has_the_references_parameters():
-    # dynamic-network-architectures' ResidualEncoderUNet, 5 stages, 2 classes: 62.81 million.
-    def parameters():
-        return models.functional(models.create("resenc_unet", preset="M", classes=2))[1]
-
-    shapes = jax.eval_shape(parameters)
-    count = sum(int(np.prod(value.shape)) for value in shapes.values())
-    # The reference keeps a head at each of the four levels, as this network does.
-    assert count == pytest.approx(62.81e6, rel=1e-3)
 
 
 def test_logits_have_the_inputs_shape_and_levels_halve(rng):
@@ -73,66 +63,146 @@ def test_instance_norm_and_pooling_by_their_definitions(rng):
     np.testing.assert_allclose(pooled[0, 1, 2, 1], x[0, 2:4, 4:6, 1].mean((0, 1)), atol=1e-6)
 
 
-def test_logits_equal_the_references_with_the_same_weights(rng):
+def _reference(torch, *, classes, in_channels, strides, kernels=3, decoder=1, deep=True):
+    unets = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    return unets.ResidualEncoderUNet(
+        input_channels=in_channels,
+        n_stages=3,
+        features_per_stage=[4, 8, 12],
+        conv_op=torch.nn.Conv3d,
+        kernel_sizes=kernels,
+        strides=strides,
+        n_blocks_per_stage=[1, 2, 1],
+        num_classes=classes,
+        n_conv_per_stage_decoder=decoder,
+        conv_bias=True,
+        norm_op=torch.nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=torch.nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=deep,
+    )
+
+
+@pytest.mark.parametrize(
+    ("patch", "channels", "classes", "options"),
+    [
+        ((8, 8, 12), 1, 3, {"strides": [1, 2, 2]}),
+        (
+            (4, 16, 12),
+            2,
+            5,
+            {
+                # One stage changes its channels without a stride, kernels and decoder vary.
+                "strides": [[1, 1, 1], [1, 2, 2], [1, 1, 1]],
+                "kernels": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+                "decoder": [2, 1],
+            },
+        ),
+    ],
+)
+def test_network_equals_its_reference(equals_reference, rng, patch, channels, classes, options):
+    torch = pytest.importorskip("torch")
+    reference = _reference(torch, classes=classes, in_channels=channels, **options)
+    model = models.create(
+        "resenc_unet",
+        widths=(4, 8, 12),
+        blocks=(1, 2, 1),
+        classes=classes,
+        in_channels=channels,
+        strides=options["strides"],
+        kernels=options.get("kernels"),
+        decoder_blocks=options.get("decoder", 1),
+        deep_supervision=True,
+    )
+    x = rng.standard_normal((2, *patch, channels)).astype(np.float32)
+    equals_reference(model, reference, x)
+
+
+@pytest.mark.parametrize(("stages", "millions"), [(5, 62.81), (6, 102.35)])
+def test_presets_have_the_references_parameters(
+    parameters_of, torch_parameters_of, stages, millions
+):
+    unets = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    from torch import nn as torch_nn
+
+    def reference():
+        return unets.ResidualEncoderUNet(
+            input_channels=1,
+            n_stages=stages,
+            features_per_stage=[min(320, 32 * 2**i) for i in range(stages)],
+            conv_op=torch_nn.Conv3d,
+            kernel_sizes=3,
+            strides=[1] + [2] * (stages - 1),
+            n_blocks_per_stage=[1, 3, 4, 6, 6, 6][:stages],
+            num_classes=2,
+            n_conv_per_stage_decoder=1,
+            conv_bias=True,
+            norm_op=torch_nn.InstanceNorm3d,
+            norm_op_kwargs={"eps": 1e-5, "affine": True},
+            nonlin=torch_nn.LeakyReLU,
+        )
+
+    found = parameters_of("resenc_unet", preset="M", stages=stages, classes=2)
+    assert found == torch_parameters_of(reference)
+    assert found == pytest.approx(millions * 1e6, rel=1e-4)
+    patch = {5: (96, 96, 96), 6: (128, 128, 128)}[stages]
+    assert found == parameters_of("resenc_unet", preset="XL", patch_size=patch, classes=2)
+
+
+@pytest.mark.slow
+def test_full_size_equals_its_reference(equals_reference, rng):
     torch = pytest.importorskip("torch")
     unets = pytest.importorskip("dynamic_network_architectures.architectures.unet")
     reference = unets.ResidualEncoderUNet(
         input_channels=1,
-        n_stages=3,
-        features_per_stage=[4, 8, 16],
+        n_stages=5,
+        features_per_stage=[32, 64, 128, 256, 320],
         conv_op=torch.nn.Conv3d,
         kernel_sizes=3,
-        strides=[1, 2, 2],
-        n_blocks_per_stage=[1, 2, 1],
+        strides=[1, 2, 2, 2, 2],
+        n_blocks_per_stage=[1, 3, 4, 6, 6],
         num_classes=3,
         n_conv_per_stage_decoder=1,
         conv_bias=True,
         norm_op=torch.nn.InstanceNorm3d,
         norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin=torch.nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        deep_supervision=True,
-    ).eval()
-    with torch.no_grad():
-        for value in reference.parameters():
-            value.copy_(torch.from_numpy(0.3 * rng.standard_normal(value.shape)))
-    model = models.create("resenc_unet", deep_supervision=True, **TINY)
-    apply, ours = models.functional(model)
-    loaded = {name: _ours_from(reference.state_dict(), name, ours[name]) for name in ours}
-    x = rng.standard_normal((2, 8, 8, 12, 1)).astype(np.float32)
-    with torch.no_grad():
-        expected = reference(torch.from_numpy(np.moveaxis(x, -1, 1)))
-    for found, level in zip(jax.jit(apply)(loaded, jnp.asarray(x)), expected, strict=True):
-        scale = float(level.abs().max())
-        np.testing.assert_allclose(found, np.moveaxis(level.numpy(), 1, -1), atol=1e-4 * scale)
+    )
+    x = rng.standard_normal((1, 48, 48, 32, 1)).astype(np.float32)
+    equals_reference(models.create("resenc_unet", preset="M", classes=3), reference, x)
 
 
-def _ours_from(weights, name: str, like: jax.Array) -> jax.Array:
-    """Finds a parameter of this network in the reference's state_dict."""
-    parts = name.split(".")
-    leaf = {"kernel": "weight", "scale": "weight", "bias": "bias"}[parts[-1]]
-    if parts[0] == "stem":
-        key = f"encoder.stem.convs.0.{parts[1]}.{leaf}"
-    elif parts[0] == "encoder":
-        _, stage, _, block, layer, kind, _ = parts
-        # Where a block is strided the skip's first entry is the pool.
-        layer = {"skip": "skip.1"}.get(layer, layer)
-        key = f"encoder.stages.{stage}.blocks.{block}.{layer}.{kind}.{leaf}"
-        if key not in weights:
-            key = key.replace("skip.1", "skip.0")
-    elif parts[0] == "transposed":
-        key = f"decoder.transpconvs.{parts[1]}.{leaf}"
-    elif parts[0] == "decoder":
-        key = f"decoder.stages.{parts[1]}.convs.{parts[3]}.{parts[4]}.{leaf}"
+@pytest.mark.parametrize(
+    "patch", [(96, 96, 96), (128, 128, 128), (48, 192, 192), (16, 320, 256), (8, 8, 32), (4, 4, 8)]
+)
+def test_strides_are_those_of_nnunets_planner(patch):
+    topology = pytest.importorskip(
+        "nnunetv2.experiment_planning.experiment_planners.network_topology"
+    )
+    _, strides, _, padded, _ = topology.get_pool_and_conv_props((1, 1, 1), patch, 4, 99)
+    if len(strides) == 1 or padded != patch:
+        with pytest.raises(UserError, match=r"model\.patch_size"):
+            planned_strides(patch)
     else:
-        key = f"decoder.seg_layers.{parts[1]}.{leaf}"
-    value = weights[key].numpy()
-    if parts[-1] == "kernel":
-        # PyTorch: [out, in, x, y, z], transposed convolutions [in, out, x, y, z].
-        order = (2, 3, 4, 0, 1) if parts[0] == "transposed" else (2, 3, 4, 1, 0)
-        value = value.transpose(order)
-    assert value.shape == like.shape, (name, key)
-    return jnp.asarray(value)
+        assert planned_strides(patch) == [tuple(step) for step in strides]
+
+
+def test_patches_that_cannot_be_halved_are_refused():
+    with pytest.raises(
+        UserError, match=r"\(100, 96, 96\): each axis must divide by \(16, 16, 16\)"
+    ):
+        models.create("resenc_unet", preset="M", patch_size=(100, 96, 96), classes=2)
+    with pytest.raises(UserError, match="at least 8 voxels"):
+        models.create("resenc_unet", preset="M", patch_size=(7, 7, 7), classes=2)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True])
+def test_counts_of_classes_and_channels_are_whole_numbers(count):
+    with pytest.raises(UserError, match=r"model\.classes is"):
+        models.create("resenc_unet", preset="M", classes=count)
+    with pytest.raises(UserError, match=r"model\.in_channels is"):
+        models.create("resenc_unet", preset="M", classes=2, in_channels=count)
 
 
 def test_functional_is_the_network(rng):

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,6 +33,12 @@ def create(name: str, **settings) -> nnx.Module:
         raise UserError(f"model.name is {name!r}. Expected one of {', '.join(NETWORKS)}")
     if isinstance(settings.get("dtype"), str):
         settings["dtype"] = jnp.dtype(settings["dtype"])
+    for setting in ("classes", "in_channels"):
+        count = settings.get(setting, 1)
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise UserError(f"model.{setting} is {count!r}. Expected a whole number from 1")
+    if "classes" not in settings:
+        raise UserError(f"model {name} needs classes: the number of its output channels")
     module = importlib.import_module(f"tumorjax.models.{name}")
     known = module.SETTINGS
     unknown = sorted(set(settings) - set(known))

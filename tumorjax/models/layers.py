@@ -61,6 +61,9 @@ class Conv(nnx.Module):
 class TransposedConv(nnx.Module):
     """Transposed convolution whose kernel is its stride."""
 
+    # PyTorch lays out such a kernel [in, out, ...]; `torch_weights` goes by this.
+    transposed = True
+
     def __init__(
         self,
         in_channels: int,

@@ -6,32 +6,50 @@ weights map one to one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tumorjax.errors import UserError
 from tumorjax.models.layers import (
     Conv,
     ConvNormAct,
     InstanceNorm,
-    TransposedConv,
     average_pool,
     leaky_relu,
-    triple,
+)
+from tumorjax.models.unet import (
+    LEAVES,
+    Stage,
+    check_divides,
+    make_decoder,
+    plan,
+    run_unet,
+    torch_aliases,
+    torch_decoder_key,
+    torch_heads,
 )
 
-# The presets of nnU-Net's planners for a patch of 96^3; a sixth stage is for larger patches.
-PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
-    "M": {"widths": (32, 64, 128, 256, 320), "blocks": (1, 3, 4, 6, 6)},
-    "L": {"widths": (32, 64, 128, 256, 320, 320), "blocks": (1, 3, 4, 6, 6, 6)},
-}
+__all__ = [
+    "PRESETS",
+    "SETTINGS",
+    "ResEncUNet",
+    "create",
+    "torch_aliases",
+    "torch_heads",
+    "torch_names",
+    "torch_renames",
+]
+
+# nnU-Net's planners for 8, 24 and 40 GB of GPU memory. They differ in the patches that fit, and so
+# in the number of stages where none is given; widths and blocks of each stage are the same.
+PRESETS = {"M": 5, "L": 6, "XL": 6}
+BLOCKS = (1, 3, 4, 6)
 SETTINGS = (
-    *("classes", "in_channels", "preset", "widths", "blocks", "decoder_blocks", "strides"),
-    *("deep_supervision", "remat", "dtype", "seed"),
+    *("classes", "in_channels", "preset", "patch_size", "stages", "widths", "blocks"),
+    *("decoder_blocks", "strides", "kernels", "deep_supervision", "remat", "dtype", "seed"),
 )
 
 
@@ -57,26 +75,14 @@ class Skip(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Two convolutions and a shortcut (ResNet-D)."""
 
-    def __init__(self, in_channels, out_channels, stride, *, dtype, rngs):
+    def __init__(self, in_channels, out_channels, size, stride, *, dtype, rngs):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.conv1 = ConvNormAct(in_channels, out_channels, 3, stride, **options)
-        self.conv2 = ConvNormAct(out_channels, out_channels, 3, act=False, **options)
+        self.conv1 = ConvNormAct(in_channels, out_channels, size, stride, **options)
+        self.conv2 = ConvNormAct(out_channels, out_channels, size, act=False, **options)
         self.skip = Skip(in_channels, out_channels, stride, **options)
 
     def __call__(self, x):
         return leaky_relu(self.conv2(self.conv1(x)) + self.skip(x))
-
-
-class Stage(nnx.Module):
-    """Blocks in a row."""
-
-    def __init__(self, blocks: Sequence[nnx.Module]):
-        self.blocks = nnx.List(blocks)
-
-    def __call__(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 class ResEncUNet(nnx.Module):
@@ -87,8 +93,9 @@ class ResEncUNet(nnx.Module):
         classes: channels of the output, background counted.
         widths: channels of each stage, finest first.
         blocks: residual blocks of each stage.
-        decoder_blocks: convolutions of each decoder level.
-        strides: step into each stage; the first is normally 1. None for 1, 2, 2, ...
+        strides: step into each stage; the first is normally 1.
+        kernels: size of the convolutions of each stage.
+        decoder_blocks: convolutions of each decoder level, for all or coarsest first.
         deep_supervision: return the logits of all levels, finest first, instead of the finest.
         remat: recompute each stage's activations in the backward pass instead of keeping them.
         dtype: of the convolutions' operands; parameters, norms and logits are float32.
@@ -102,50 +109,33 @@ class ResEncUNet(nnx.Module):
         *,
         widths: Sequence[int],
         blocks: Sequence[int],
-        decoder_blocks: int = 1,
-        strides: Sequence[int | tuple[int, int, int]] | None = None,
+        strides: Sequence[tuple[int, int, int]],
+        kernels: Sequence[tuple[int, int, int]],
+        decoder_blocks: int | Sequence[int] = 1,
         deep_supervision: bool = False,
         remat: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        steps = [triple(s) for s in strides or (1, *(2 for _ in widths[1:]))]
-        self.stem = ConvNormAct(in_channels, widths[0], 3, **options)
+        self.stem = ConvNormAct(in_channels, widths[0], kernels[0], **options)
         encoder = []
         channels = widths[0]
-        for width, count, step in zip(widths, blocks, steps, strict=True):
+        for width, count, size, step in zip(widths, blocks, kernels, strides, strict=True):
             stage = []
             for index in range(count):
-                stage.append(
-                    ResidualBlock(channels, width, step if index == 0 else (1, 1, 1), **options)
-                )
+                block_step = step if index == 0 else (1, 1, 1)
+                stage.append(ResidualBlock(channels, width, size, block_step, **options))
                 channels = width
             encoder.append(Stage(stage))
         self.encoder = nnx.List(encoder)
-        transposed, decoder, heads = [], [], []
-        for level in range(len(widths) - 2, -1, -1):
-            transposed.append(
-                TransposedConv(widths[level + 1], widths[level], steps[level + 1], **options)
-            )
-            decoder.append(
-                Stage(
-                    [
-                        ConvNormAct(
-                            widths[level] * (2 if i == 0 else 1), widths[level], 3, **options
-                        )
-                        for i in range(decoder_blocks)
-                    ]
-                )
-            )
-            heads.append(Conv(widths[level], classes, 1, **options))
-        self.transposed = nnx.List(transposed)
-        self.decoder = nnx.List(decoder)
-        self.heads = nnx.List(heads)
+        self.transposed, self.decoder, self.heads = make_decoder(
+            classes, widths, decoder_blocks, kernels, strides, **options
+        )
         self.deep_supervision = deep_supervision
         self.remat = remat
         # Each axis of an input must divide by this.
-        self.divisor = tuple(math.prod(step[axis] for step in steps) for axis in range(3))
+        self.divisor = tuple(math.prod(step[axis] for step in strides) for axis in range(3))
 
     def __call__(
         self, x: Float[Array, "b x y z c"]
@@ -155,27 +145,8 @@ class ResEncUNet(nnx.Module):
         Raises:
             ValueError: an axis of x does not divide by the product of the strides.
         """
-        for size, divisor in zip(x.shape[1:4], self.divisor, strict=True):
-            if size % divisor:
-                raise ValueError(
-                    f"input of shape {x.shape[1:4]}: each axis must divide by {self.divisor}."
-                    " Choose another patch size, or fewer stages"
-                )
-        run = nnx.remat(lambda stage, x: stage(x)) if self.remat else lambda stage, x: stage(x)
-        x = self.stem(x)
-        skips = []
-        for stage in self.encoder:
-            x = run(stage, x)
-            skips.append(x)
-        logits = []
-        for level, (up, stage, head) in enumerate(
-            zip(self.transposed, self.decoder, self.heads, strict=True)
-        ):
-            x = jnp.concatenate([up(x), skips[-2 - level]], axis=-1)
-            x = run(stage, x)
-            if self.deep_supervision or level == len(self.heads) - 1:
-                logits.append(head(x).astype(jnp.float32))
-        return logits[::-1] if self.deep_supervision else logits[-1]
+        check_divides(x.shape[1:4], self.divisor)
+        return run_unet(self, self.stem(x))
 
 
 def create(
@@ -183,8 +154,12 @@ def create(
     classes: int,
     in_channels: int = 1,
     preset: str | None = None,
+    patch_size: Sequence[int] | None = None,
+    stages: int | None = None,
     widths: Sequence[int] | None = None,
     blocks: Sequence[int] | None = None,
+    strides: Sequence[int | tuple[int, int, int]] | None = None,
+    kernels: Sequence[int | tuple[int, int, int]] | None = None,
     seed: int = 0,
     **settings,
 ) -> ResEncUNet:
@@ -193,22 +168,52 @@ def create(
     Args:
         classes: number of output classes, background counted.
         in_channels: channels of the input.
-        preset: "M" (ResEncM at 96^3, 62.8 M parameters) or "L"-sized; else widths and blocks.
+        preset: "M", "L" or "XL", nnU-Net's ResEncM (62.8 M parameters at 96^3), ResEncL and
+            ResEncXL; else widths and blocks.
+        patch_size: with a preset, decides the number of stages and the strides as nnU-Net's
+            planner does: an axis is halved until 4 to 7 voxels are left.
+        stages: with a preset, the number of stages; each halves all axes.
         widths: channels of each stage, finest first.
         blocks: residual blocks of each stage.
+        strides: step into each stage. None for 1, 2, 2, ...
+        kernels: size of the convolutions of each stage, odd. None for 3.
         seed: of the initial weights.
         settings: see `ResEncUNet`.
+
+    Raises:
+        UserError: settings that are unknown or do not go together.
     """
-    if preset and preset not in PRESETS:
-        raise UserError(f"model.preset is {preset!r}. Expected one of {', '.join(PRESETS)}")
-    shape: dict = dict(PRESETS[preset]) if preset else {}
-    if widths is not None:
-        shape["widths"] = tuple(widths)
-    if blocks is not None:
-        shape["blocks"] = tuple(blocks)
-    if set(shape) != {"widths", "blocks"} or len(shape["widths"]) != len(shape["blocks"]):
-        raise UserError(
-            f"model.widths {shape.get('widths')} and model.blocks {shape.get('blocks')}: give a"
-            f" preset ({', '.join(PRESETS)}), or as many blocks as widths"
-        )
+    shape = plan(preset, PRESETS, BLOCKS, patch_size, stages, widths, blocks, strides, kernels)
     return ResEncUNet(in_channels, classes, **shape, **settings, rngs=nnx.Rngs(seed))
+
+
+def torch_names(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Returns for each parameter its key in the state_dict of ResidualEncoderUNet."""
+    return {name: _torch_key(name) for name in parameters}
+
+
+def _torch_key(name: str) -> str:
+    path, _, leaf = name.rpartition(".")
+    part, _, rest = path.partition(".")
+    if part == "stem":
+        path = f"encoder.stem.convs.0.{rest}"
+    elif part == "encoder":
+        # The first entry of a skip is the pool.
+        path = f"encoder.stages.{rest}".replace(".skip.", ".skip.1.")
+    else:
+        path = torch_decoder_key(path)
+    return f"{path}.{LEAVES[leaf]}"
+
+
+def torch_renames(model: ResEncUNet) -> dict[str, str]:
+    """Returns the keys of skips that project and do not pool: there the projection is first."""
+    renames = {}
+    for s, stage in enumerate(model.encoder):
+        blocks: Any = stage.blocks
+        for b, block in enumerate(blocks):
+            skip = block.skip
+            if skip.stride == (1, 1, 1) and skip.conv is not None:
+                for leaf in ("conv.kernel", "norm.scale", "norm.bias"):
+                    name = f"encoder.{s}.blocks.{b}.skip.{leaf}"
+                    renames[name] = _torch_key(name).replace(".skip.1.", ".skip.0.")
+    return renames
