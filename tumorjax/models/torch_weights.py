@@ -170,6 +170,7 @@ def import_state_dict(
     known = {*keys.values(), *repeated, *_buffers(module, model)}
     found = _known_names(state_dict, known)
 
+    fitting: set[str] = set()
     missing, misshapen, remade = [], [], []
     for name, key in keys.items():
         expected = _torch_shape(name, shapes[name], transposed)
@@ -178,14 +179,14 @@ def import_state_dict(
             continue
         shape = tuple(found[key].shape)
         if shape == expected:
+            fitting.add(name)
             continue
         if remake_heads and name in heads and _only_classes_differ(shape, expected):
-            remade.append(name)
-        else:
-            misshapen.append(f"{key} {list(shape)}, expected {list(expected)}")
+            remade.append(f"{key} {list(expected)}, in the state_dict {list(shape)}")
+            continue
+        misshapen.append(f"{key} {list(shape)}, expected {list(expected)}")
     extra = [f"{key} {list(np.shape(found[key]))}" for key in found if key not in known]
     _refuse(model, missing if strict else [], extra if strict else [], misshapen)
-    fitting = {name for name, key in keys.items() if key in found} - set(remade)
     if not fitting:
         _refuse(model, missing, extra, [])
     if missing or extra:
@@ -195,11 +196,9 @@ def import_state_dict(
         )
     if remade:
         logging.warning(
-            "%s is for another number of classes than the state_dict (%s): its heads are re-made"
-            " with initial weights: %s",
-            type(model).__name__,
-            f"{keys[remade[0]]} is {list(found[keys[remade[0]]].shape)} there",
-            ", ".join(remade),
+            "%s has another number of classes than the state_dict: its heads are re-made, with"
+            " initial weights: %s",
+            *(type(model).__name__, _listed(remade)),
         )
     values = []
     for name, (path, variable) in flat.items():
@@ -258,14 +257,16 @@ def _harmless_globals() -> list:
 
 
 def _refusal(path: str, message: str) -> str:
-    for pattern in (r"GLOBAL (\S+) was not an allowed", r"(?:load|use) (\S+) whose module"):
+    for pattern in (r"GLOBAL (\S+) was not an allowed", r"GLOBAL (\S+) whose module"):
         if match := re.search(pattern, message):
             return (
                 f"{path} is refused: reading it would call {match[1]}, and a file of weights calls"
                 " nothing. If you trust where it is from, load it with PyTorch and save its"
                 " state_dict alone"
             )
-    reason = message.strip().splitlines()[-1].strip() or "no reason given"
+    # PyTorch's advice and its addresses are about switching the check off.
+    told = re.search(r"WeightsUnpickler error:\s*(.+)", message)
+    reason = told[1] if told else message.split(". ")[0]
     return (
         f"{path} is refused: it is not only weights ({reason}). Expected tensors, numbers and text"
         " as torch.save writes them"
