@@ -155,10 +155,10 @@ def _from_state_dict(
         raise UserError(f"{path}: {error}") from error
     wanted = list(config.task.classes)
     # Of another number of classes, the import has said it.
-    if classes is not None and len(classes) == len(wanted):
-        if [name.lower() for name in classes] != [name.lower() for name in wanted]:
-            _say_remade(path, classes, wanted)
-            loaded |= {name: initial[name] for name in _heads(config, initial)}
+    renamed = classes is not None and [n.lower() for n in classes] != [n.lower() for n in wanted]
+    if classes is not None and renamed and len(classes) == len(wanted):
+        _say_remade(path, classes, wanted)
+        loaded |= {name: initial[name] for name in _heads(config, initial)}
     return loaded
 
 
