@@ -11,7 +11,12 @@ from jaxtyping import Array
 
 from tumorjax.errors import UserError
 
-NETWORKS = ("resenc_unet",)
+NETWORKS = (
+    "resenc_unet",
+    "plain_unet",
+    "stu_net",
+    "segresnet",
+)
 
 
 def create(name: str, **settings) -> nnx.Module:

@@ -130,6 +130,27 @@ class ConvNormAct(nnx.Module):
         return leaky_relu(y) if self.act else y
 
 
+class GroupNorm(nnx.Module):
+    """Normalises groups of channels of each sample over its voxels, in float32."""
+
+    def __init__(self, channels: int, groups: int, *, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.groups = groups
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x y z c"]:
+        y = x.astype(jnp.float32)
+        centred = y - self._group_mean(y)
+        gain = jax.lax.rsqrt(self._group_mean(jnp.square(centred)) + self.epsilon)
+        return (centred * (self.scale[...] * gain) + self.bias[...]).astype(x.dtype)
+
+    def _group_mean(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b 1 1 1 c"]:
+        of_channels = _voxel_mean(x)
+        groups = of_channels.reshape(*of_channels.shape[:4], self.groups, -1)
+        return jnp.repeat(groups.mean(axis=-1), groups.shape[-1], axis=-1)
+
+
 def leaky_relu(x: Array) -> Array:
     """Leaky ReLU with nnU-Net's slope of 0.01."""
     return jnp.where(x >= 0, x, LEAKY_SLOPE * x)

@@ -146,7 +146,7 @@ class ResEncUNet(nnx.Module):
             ValueError: an axis of x does not divide by the product of the strides.
         """
         check_divides(x.shape[1:4], self.divisor)
-        return run_unet(self, self.stem(x))
+        return run_unet(self, self.transposed, self.stem(x))
 
 
 def create(

@@ -204,7 +204,7 @@ def import_state_dict(
     for name, (path, variable) in flat.items():
         if name in fitting:
             value = _from_torch(name, _to_numpy(found[keys[name]]), transposed)
-            variable = nnx.Param(jnp.array(value, variable.dtype))
+            variable = variable.replace(jnp.array(value, variable.dtype))
         values.append((path, variable))
     return nnx.merge(graph, nnx.from_flat_state(values))
 

@@ -81,14 +81,19 @@ def make_decoder(
 
 
 def run_unet(
-    model: Any, x: Float[Array, "b x y z c"]
+    model: Any, upsampling: nnx.List, x: Float[Array, "b x y z c"]
 ) -> Float[Array, "b x y z classes"] | list[Float[Array, "b _x _y _z classes"]]:
-    """Runs encoder and decoder of a model that has both, and heads.
+    """Runs the encoder, decoder and heads of a model.
 
-    Raises:
-        ValueError: an axis of x does not divide by the product of the strides.
+    Args:
+        model: has encoder (a list of stages, finest first), decoder and heads (coarsest first),
+            deep_supervision and remat.
+        upsampling: from each level to the next finer one, coarsest first.
+        x: what the first stage takes.
+
+    Returns:
+        Logits, float32; with deep supervision those of all levels, finest first.
     """
-    check_divides(x.shape[1:4], model.divisor)
     run = nnx.remat(lambda stage, x: stage(x)) if model.remat else lambda stage, x: stage(x)
     skips = []
     for stage in model.encoder:
@@ -96,7 +101,7 @@ def run_unet(
         skips.append(x)
     logits = []
     for level, (up, stage, head) in enumerate(
-        zip(model.transposed, model.decoder, model.heads, strict=True)
+        zip(upsampling, model.decoder, model.heads, strict=True)
     ):
         x = jnp.concatenate([up(x), skips[-2 - level]], axis=-1)
         x = run(stage, x)
