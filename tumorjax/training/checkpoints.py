@@ -126,17 +126,21 @@ def build_model(config: Any, *, deep_supervision: bool, seed: int = 0) -> Any:
 def abstract_model(config: Any) -> tuple[Callable[..., Any], dict[str, jax.ShapeDtypeStruct]]:
     """Returns a network's function and the shapes of its parameters, see `models.functional`.
 
+    The function gives the finest level's logits, also where the training has several levels.
     First weights are not drawn: that takes seconds, and a checkpoint replaces them.
     """
+    # Some networks have more heads when trained with deep supervision.
+    levels = bool(config.get("training", {}).get("deep_supervision", False))
     functions = []
 
     def build() -> dict[str, Any]:
-        apply, parameters = models.functional(build_model(config, deep_supervision=False))
+        apply, parameters = models.functional(build_model(config, deep_supervision=levels))
         functions.append(apply)
         return parameters
 
     parameters = jax.eval_shape(build)
-    return functions[0], parameters
+    (apply,) = functions
+    return (lambda values, x: apply(values, x)[0]) if levels else apply, parameters
 
 
 def compute_dtype(name: str) -> str:

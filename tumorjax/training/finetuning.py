@@ -98,9 +98,14 @@ def _from_ours(path: Path, config: Any, initial: Mapping[str, Array]) -> dict[st
         )
     loaded = dict(apply.args[0])
     heads = _heads(config, initial)
+    # Deep supervision may have heads that a training without it has not.
+    loaded = {n: v for n, v in loaded.items() if n in initial or n not in _heads(config, loaded)}
     if _classes(trained.task.classes) != _classes(config.task.classes):
         _say_remade(path, list(trained.task.classes), list(config.task.classes))
         loaded |= {name: initial[name] for name in heads}
+    elif new := sorted(heads - set(loaded)):
+        logging.warning("%s: has no %s: made with initial weights", path, ", ".join(new))
+        loaded |= {name: initial[name] for name in new}
     differences = [
         f"{name} {_shape(loaded, name)} there, {_shape(initial, name)} in the config"
         for name in sorted(set(loaded) | set(initial))
@@ -148,7 +153,8 @@ def _from_state_dict(
     initial: Mapping[str, Array],
     classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    model = checkpoints.build_model(config, deep_supervision=False, seed=config.seed)
+    levels = bool(config.get("training", {}).get("deep_supervision", False))
+    model = checkpoints.build_model(config, deep_supervision=levels, seed=config.seed)
     try:
         loaded = models.functional(torch_weights.import_state_dict(model, weights))[1]
     except UserError as error:
