@@ -429,6 +429,29 @@ def test_folds_are_averaged(trained, tmp_path):
         predict.open_network(config_for(folder, scan, "", folds=(3,)))
 
 
+@pytest.mark.parametrize("trained", ["residual"], indirect=True)
+def test_overlapping_regions_are_painted_in_their_order(trained, tmp_path):
+    _, results, _, scan = trained
+    folder = tmp_path / "model"
+    shutil.copytree(results, folder)
+    dataset = json.loads((folder / "dataset.json").read_text())
+    dataset["labels"] = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": 3}
+    dataset["regions_class_order"] = [1, 2, 3]
+    write_json_atomic(folder / "dataset.json", dataset)
+    predictor = nnunet_predictor(folder, mirroring=False)
+    predictor.predict_from_files_sequential([[str(scan)]], [str(tmp_path / "theirs")])
+    theirs = np.asanyarray(nib.load(tmp_path / "theirs.nii.gz").dataobj)
+    config = config_for(folder, scan, tmp_path / "ours", **{"inference.mirror_axes": ()})
+    assert predict.run(config, tmp_path / "work") == 0
+    ours = np.asanyarray(nib.load(tmp_path / "ours" / "scan.nii.gz").dataobj)
+    for value in (1, 2, 3):
+        assert (theirs == value).sum() > 50
+        assert dice(ours == value, theirs == value) > 0.99
+    config.form = "structures"
+    with pytest.raises(UserError, match="overlapping regions"):
+        predict.run(config, tmp_path / "work")
+
+
 # ---------------------------------------------------------------------------- and back
 
 

@@ -3,8 +3,9 @@
 nnU-Net is told to turn scans to RAS+ and to have its axes in the order x, y, z, so kernels stay as
 they are. Its CT normalization clips to percentiles and divides by a standard deviation; with the
 window's ends as the one and the window's width as the other, it is the window of the training to
-the bit. Only resampling differs: nnU-Net has splines, without the averaging that is done here along
-axes that shrink. A scan on the network's own spacing gets the same labels.
+the bit. A scan on the network's own spacing gets the same labels, as far as nnU-Net's sums of tiles
+in float16 can tell. Two things cannot be said in plans: nnU-Net resamples by splines, without the
+averaging that is done here along axes that shrink, and it cuts borders of zeros off before it looks.
 """
 
 import hashlib
