@@ -5,7 +5,7 @@ they are. Its CT normalization clips to percentiles and divides by a standard de
 window's ends as the one and the window's width as the other, it is the window of the training to
 the bit. A scan on the network's own spacing gets the same labels, as far as nnU-Net's sums of tiles
 in float16 can tell. Two things cannot be said in plans: nnU-Net resamples by splines, without the
-averaging that is done here along axes that shrink, and it cuts borders of zeros off before it looks.
+averaging done here along axes that shrink, and it cuts borders of zeros off before it looks.
 """
 
 import hashlib
