@@ -106,6 +106,11 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.training.warmup = 0.05
     config.training.epoch_steps = 250  # of the schedule "poly"
     config.training.power = 0.9
+    # Fine-tuning. start_from: folder of a cell or a segmentation job, nnU-Net's model folder, or a
+    # file of PyTorch weights. Patterns are what parameters' names begin with (regular expressions).
+    config.training.start_from = ""  # empty: weights drawn from the seed
+    config.training.freeze = ()  # patterns of what stays as it is: ("stem", "encoder")
+    config.training.layer_learning_rates = ()  # (pattern, factor), first match: (("encoder", 0.1),)
     config.training.save_every = 100
     config.training.log_every = 25
     config.training.loader_threads = 1
@@ -205,6 +210,9 @@ def _paper(config: ConfigDict) -> None:
             "warmup": 0.0,
             "epoch_steps": 250,
             "power": 0.9,
+            "start_from": "",
+            "freeze": (),
+            "layer_learning_rates": (),
             "save_every": 2500,
             "log_every": 250,
             "loader_threads": 8,

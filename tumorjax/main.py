@@ -21,6 +21,7 @@ JOBS = {
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
     "synthesis": "tumorjax.synthesis.job",
+    "export": "tumorjax.inference.nnunet_export",
 }
 
 USAGE = f"""tumorjax --config=configs/JOB.py[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]

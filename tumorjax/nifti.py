@@ -48,12 +48,15 @@ class Scan(NamedTuple):
     header: Any
 
 
-def read_ct(path: str | os.PathLike, allow_channel: bool = False) -> Scan:
+def read_ct(
+    path: str | os.PathLike, allow_channel: bool = False, least_range: float = LEAST_HU_RANGE
+) -> Scan:
     """Reads a CT scan and checks that it can be one.
 
     Args:
         path: of the file.
         allow_channel: accept a fourth axis of length 1, as some data sets have it.
+        least_range: that values must span; 0 for images in other units than HU.
 
     Raises:
         CaseError: the file is not readable to its end, not a 3D image of finite HU, or its affine
@@ -96,7 +99,7 @@ def read_ct(path: str | os.PathLike, allow_channel: bool = False) -> Scan:
     if not np.isfinite(image.min()) or not np.isfinite(image.max()):
         count = int(np.sum(~np.isfinite(image)))
         raise CaseError(name, f"{count} voxels are NaN or infinite", "Convert the scan again")
-    if float(image.max()) - float(image.min()) < LEAST_HU_RANGE:
+    if float(image.max()) - float(image.min()) < least_range:
         raise CaseError(
             name,
             f"values run from {image.min():g} to {image.max():g}, which is no CT in HU",

@@ -112,3 +112,21 @@ def test_shapes_of_a_network_need_no_weights():
     }
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 4, 1)), jnp.float32)
     assert apply(parameters, x).shape == (1, 4, 4, 4, 3)
+
+
+def test_a_network_with_more_heads_in_training_gives_its_finest_logits(tmp_path, rng):
+    config = _config()
+    settings = {"variant": "segresnet_ds", "init_filters": 4, "blocks_down": [1, 1, 1]}
+    config.model = {"name": "segresnet", "dtype": "float32"} | settings
+    config.training = {"deep_supervision": True}
+    network = checkpoints.build_model(config, deep_supervision=True, seed=1)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    parameters = models.functional(network)[1]
+    with checkpoints.open_manager(tmp_path) as manager:
+        checkpoints.save(manager, 1, {"parameters": parameters}, 0)
+        manager.wait_until_finished()
+    apply, _ = checkpoints.load_model(tmp_path)
+    x = jnp.asarray(rng.standard_normal((1, 8, 8, 8, 1)), jnp.float32)
+    levels = jax.jit(lambda x: network(x))(x)
+    assert len(levels) == 2
+    np.testing.assert_allclose(jax.jit(apply)(x), levels[0], atol=1e-5)

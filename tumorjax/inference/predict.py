@@ -1,7 +1,8 @@
 """The job "prediction": CT scans in, masks on the scans' own grids out.
 
 A scan goes the way that training scans went (RAS+, the network's spacing and window), through the
-sliding window, and back (native_grid.py).
+sliding window, and back (native_grid.py). For networks that nnU-Net trained, nnunet_model.py goes
+nnU-Net's way there and back.
 """
 
 import errno
@@ -17,11 +18,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -29,8 +30,10 @@ from tumorjax.anatomy import mirror_table
 from tumorjax.errors import CaseError, UserError
 from tumorjax.files import check_case_id, write_csv_atomic, write_json_atomic
 from tumorjax.geometry import from_canonical, prepare_image, spacing_of, to_canonical
-from tumorjax.inference import sliding_window
+from tumorjax.inference import nnunet_model, sliding_window
 from tumorjax.inference.native_grid import Structure, native_labels, structures
+from tumorjax.inference.network import Network, Prepared
+from tumorjax.models import nnunet_plans
 from tumorjax.nifti import ENDINGS, Scan, check_hu, read_ct, write_mask
 from tumorjax.settings import first_difference, plain
 from tumorjax.training import checkpoints
@@ -39,20 +42,6 @@ FORMS = ("labels", "structures")
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Prepared(NamedTuple):
-    """A scan, and its image as the network wants it.
-
-    Attributes:
-        scan: as its file has it.
-        shape: of the scan in RAS+.
-        image: [0, 1] at the network's spacing, RAS+.
-    """
-
-    scan: Scan
-    shape: tuple[int, int, int]
-    image: Float[np.ndarray, "x y z"]
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
@@ -74,31 +63,22 @@ def run(config: ConfigDict, workdir: Path) -> int:
     output = Path(config.output or workdir / "predictions")
     if output.resolve() in (Path(config.input).resolve(), Path(config.input).resolve().parent):
         raise UserError(f"{output}: config.output is where the scans are. Choose another folder")
-    apply, trained = checkpoints.load_model(config.checkpoint, config.step)
-    table = structures(trained.task.classes)
-    flips = None
-    if 0 in tuple(config.inference.mirror_axes):
-        flips = mirror_table(trained.task.classes)
+    network = open_network(config)
 
     waiting = {c: p for c, p in scans.items() if not mask_path(output, c, config.form).exists()}
-    _check_output(output, len(scans) - len(waiting), settings_record(config, trained, apply, table))
+    _check_output(output, len(scans) - len(waiting), settings_record(config, network))
     logging.info("%s: %d of %d scans to do", output, len(waiting), len(scans))
     bar = tqdm(total=len(waiting), unit="scan", disable=not sys.stderr.isatty())
     with bar:
-        for case, future in _ahead(lambda path: prepare_scan(path, trained.preparation), waiting):
+        for case, future in _ahead(network.prepare, waiting):
             begin = time.perf_counter()
             try:
                 prepared = future.result()
-                probabilities = sliding_window.predict(
-                    apply,
-                    prepared.image,
-                    trained.training.patch_size,
-                    mirror_table=flips,
-                    **plain(config.inference),
+                scores = sliding_window.predict(
+                    network.apply, prepared.image, network.patch_size, **network.window
                 )
-                labels = native_labels(probabilities, prepared.image, prepared.shape, table)
-                labels = from_canonical(labels, prepared.scan.affine)
-                _write(output, case, config.form, labels, prepared.scan, table)
+                labels = network.labels(scores, prepared)
+                _write(output, case, config.form, labels, prepared.scan, network.structures)
             except (CaseError, MemoryError, jax.errors.JaxRuntimeError) as error:
                 rejected.append(_rejected(case, error))
                 logging.warning("set aside: %s", rejected[-1]["reason"])
@@ -122,6 +102,57 @@ def run(config: ConfigDict, workdir: Path) -> int:
     state = f"masks of {len(waiting)} scans written" if waiting else "already finished"
     print(f"{output}: {state}")
     return 0
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+def open_network(config: ConfigDict) -> Network:
+    """Opens the network of config.checkpoint, whether it was trained here or by nnU-Net.
+
+    Raises:
+        UserError: the folder holds neither, or what it holds does not belong together.
+    """
+    if nnunet_plans.is_model_folder(config.checkpoint):
+        if config.step is not None:
+            raise UserError(
+                f"config.step is {config.step}, but {config.checkpoint} is nnU-Net's and has no"
+                " steps. Leave it out"
+            )
+        return nnunet_model.open_network(
+            config.checkpoint, config.folds, config.inference, config.form
+        )
+    if config.folds:
+        raise UserError(
+            f"config.folds is {tuple(config.folds)}, but {config.checkpoint} is no model folder of"
+            " nnU-Net (no plans.json in it). Leave it out"
+        )
+    apply, trained = checkpoints.load_model(config.checkpoint, config.step)
+    table = structures(trained.task.classes)
+    window = plain(config.inference)
+    window["mirror_axes"] = window["mirror_axes"] or []
+    swap = mirror_table(trained.task.classes) if 0 in window["mirror_axes"] else None
+
+    def labels(probabilities: Any, prepared: Prepared) -> Any:
+        found = native_labels(probabilities, prepared.image, prepared.shape, table)
+        return from_canonical(found, prepared.scan.affine)
+
+    x, y, z = trained.training.patch_size
+    record = {
+        "classes": plain(trained.task.classes),
+        "spacing": list(trained.preparation.spacing),
+        "window": list(trained.preparation.window),
+        "order": trained.preparation.get("order", 3),
+    }
+    return Network(
+        apply,
+        (x, y, z),
+        window | {"mirror_table": swap},
+        table,
+        lambda path: prepare_scan(path, trained.preparation),
+        labels,
+        record,
+    )
 
 
 # ---------------------------------------------------------------------------- scans
@@ -268,26 +299,23 @@ def _write(
         raise
 
 
-def settings_record(
-    config: ConfigDict, trained: Any, apply: Any, table: Sequence[Structure]
-) -> dict[str, Any]:
+def settings_record(config: ConfigDict, network: Network) -> dict[str, Any]:
     """Returns all that masks depend on beside the scans, for labels.json.
 
     Its "labels" are those of an nnU-Net dataset.json, so that the job "evaluation" can read it.
     """
     hashed = hashlib.sha256()
-    for leaf in jax.tree.leaves(apply):
+    for leaf in jax.tree.leaves(network.apply):
         hashed.update(np.ascontiguousarray(leaf).tobytes())
+    # The batch size changes nothing but the speed; the mirror table follows from the classes.
+    inference = {k: v for k, v in network.window.items() if k not in ("batch_size", "mirror_table")}
+    names = {structure.name: structure.value for structure in network.structures}
     return {
-        "labels": {"background": 0} | {structure.name: structure.value for structure in table},
+        "labels": {"background": 0} | names,
         "form": config.form,
-        "classes": plain(trained.task.classes),
-        # The batch size changes nothing but the speed.
-        "inference": {k: v for k, v in plain(config.inference).items() if k != "batch_size"},
-        "patch_size": list(trained.training.patch_size),
-        "spacing": list(trained.preparation.spacing),
-        "window": list(trained.preparation.window),
-        "order": trained.preparation.get("order", 3),
+        "inference": inference,
+        "patch_size": list(network.patch_size),
+        **network.record,
         "weights_sha256": hashed.hexdigest(),
     }
 

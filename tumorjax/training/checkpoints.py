@@ -41,6 +41,14 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, position: int) -
     )
 
 
+def has_any(folder: Path) -> bool:
+    """Whether a training's folder has a checkpoint to go on from."""
+    if not (folder / "checkpoints").is_dir():
+        return False
+    with open_manager(folder) as manager:
+        return manager.latest_step() is not None
+
+
 def restore_newest(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, int] | None:
     """Returns the newest state, laid out as `like`, and the loader's position; None without one.
 
@@ -83,7 +91,8 @@ def load_model(folder: str | Path, step: int | None = None) -> tuple[jax.tree_ut
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no config.json. Give the folder of a cell or of a segmentation job"
+            f"{folder}: no config.json. Give the folder of a cell or of a segmentation job (or,"
+            " for predictions, a model folder of nnU-Net's, which has plans.json)"
         ) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'}: not readable ({error})") from error
@@ -123,17 +132,21 @@ def build_model(config: Any, *, deep_supervision: bool, seed: int = 0) -> Any:
 def abstract_model(config: Any) -> tuple[Callable[..., Any], dict[str, jax.ShapeDtypeStruct]]:
     """Returns a network's function and the shapes of its parameters, see `models.functional`.
 
+    The function gives the finest level's logits, also where the training has several levels.
     First weights are not drawn: that takes seconds, and a checkpoint replaces them.
     """
+    # Some networks have more heads when trained with deep supervision.
+    levels = bool(config.get("training", {}).get("deep_supervision", False))
     functions = []
 
     def build() -> dict[str, Any]:
-        apply, parameters = models.functional(build_model(config, deep_supervision=False))
+        apply, parameters = models.functional(build_model(config, deep_supervision=levels))
         functions.append(apply)
         return parameters
 
     parameters = jax.eval_shape(build)
-    return functions[0], parameters
+    (apply,) = functions
+    return (lambda values, x: apply(values, x)[0]) if levels else apply, parameters
 
 
 def compute_dtype(name: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from tumorjax.errors import UserError
@@ -27,14 +28,23 @@ def learning_rate(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
     raise UserError(f"training.schedule is {name!r}. Expected poly or warmup_cosine")
 
 
-def optimizer(settings: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+def optimizer(
+    settings: Mapping[str, Any], steps: int, factors: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """Returns the optimizer; the gradient's norm is clipped first.
 
     Args:
         settings: optimizer "sgd" (Nesterov momentum, as nnU-Net uses it) or "adamw", learning_rate,
             schedule, momentum (of sgd), weight_decay and clip (global norm).
         steps: length of the training.
+        factors: of each parameter's learning rate, by name; those of factor 0 stay as they are and
+            count for nothing in the gradient's norm. None for 1 everywhere.
     """
+    base = _optimizer(settings, steps)
+    return base if factors is None else _by_layer(base, factors)
+
+
+def _optimizer(settings: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
     clip, rate = optax.clip_by_global_norm(settings["clip"]), learning_rate(settings, steps)
     name = settings["optimizer"]
     if name == "sgd":
@@ -43,3 +53,21 @@ def optimizer(settings: Mapping[str, Any], steps: int) -> optax.GradientTransfor
     if name == "adamw":
         return optax.chain(clip, optax.adamw(rate, b2=0.99, weight_decay=settings["weight_decay"]))
     raise UserError(f"training.optimizer is {name!r}. Expected sgd or adamw")
+
+
+def _by_layer(
+    base: optax.GradientTransformation, factors: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """Returns an optimizer whose changes are scaled; its state is that of the one given."""
+
+    def update(gradients, state, parameters=None):
+        used = {k: g if factors[k] else jnp.zeros_like(g) for k, g in gradients.items()}
+        changes, state = base.update(used, state, parameters)
+        # Of the change, not of the gradient: weight decay is scaled too, and Adam divides any
+        # factor of the gradient out again.
+        scaled = {
+            k: c * factors[k] if factors[k] else jnp.zeros_like(c) for k, c in changes.items()
+        }
+        return scaled, state
+
+    return optax.GradientTransformation(base.init, update)

@@ -21,7 +21,7 @@ from tumorjax.data import augmentation, crops
 from tumorjax.errors import UserError
 from tumorjax.files import write_json_atomic
 from tumorjax.settings import plain
-from tumorjax.training import checkpoints, loop, losses, schedules
+from tumorjax.training import checkpoints, finetuning, loop, losses, schedules
 from tumorjax.volumes import Store, open_store
 
 SECTIONS = ("seed", "task", "preparation", "model", "training", "augmentation", "inference", "mesh")
@@ -62,7 +62,9 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
     apply_levels, parameters = models.functional(network)
     fixed = models.fixed_parameters(network)
     apply, _ = models.functional(checkpoints.build_model(config, deep_supervision=False))
-    update = schedules.optimizer(training, training.steps)
+    factors = finetuning.learning_rate_factors(training, parameters)
+    frozen = {name for name, factor in (factors or {}).items() if not factor}
+    update = schedules.optimizer(training, training.steps, factors)
     rate = schedules.learning_rate(training, training.steps)
     transforms = augmentation.check_settings(config.augmentation)
     # Refused before anything trains where the task knows only one side of a pair.
@@ -91,6 +93,12 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
         label = label.astype(jnp.int32)
 
         def loss_of(values):
+            if frozen:
+                # No backward pass where it ends in frozen parameters alone.
+                values = {
+                    name: jax.lax.stop_gradient(value) if name in frozen else value
+                    for name, value in values.items()
+                }
             logits = apply_levels(values, image)
             loss = losses.segmentation_loss(
                 logits,
@@ -164,6 +172,11 @@ def train_segmenter(
         write_json_atomic(folder / "config.json", section(config))
     segmenter = make_segmenter(config, mesh)
     state = segmenter.init(config.seed)
+    if training.get("start_from") and not checkpoints.has_any(folder):
+        start = finetuning.starting_parameters(training.start_from, config, state["parameters"])
+        state |= jax.device_put(
+            {"parameters": start}, parallel.state_shardings(mesh, {"parameters": start})
+        )
 
     def batches_from(position: int):
         return crops.loader(
