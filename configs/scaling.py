@@ -27,6 +27,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.job = "scaling"
     config.seed = 0  # of the cohort: splits and synthetic scans, the same for all cells
     config.workers = 2  # processes that prepare scans
+    config.cpu_devices = 2  # cells that a CPU trains side by side; accelerators take one each
 
     config.data = ConfigDict()
     config.data.store = ""  # a prepared store; empty: prepare data.root into WORKDIR/store
@@ -179,6 +180,7 @@ def _paper(config: ConfigDict) -> None:
     """
     config.data.source = "abdomen_atlas"
     config.workers = 16
+    config.cpu_devices = 1
     config.preparation.spacing = (1.5, 1.5, 1.5)
     config.preparation.order = 3
     config.cohort.ood_sites = ()

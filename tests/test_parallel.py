@@ -1,5 +1,9 @@
 """The mesh, its rules, and what does not divide."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -53,3 +57,21 @@ def test_a_batch_is_split_or_refused(rng):
     assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 4, 2, 2, 1)}
     with pytest.raises(UserError, match="does not divide over 4 devices"):
         parallel.put_batch(mesh, {"image": batch["image"][:3]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted", "found"),
+    [("", 3, 3), ("", 1, 1), ("--xla_force_host_platform_device_count=2", 3, 2)],
+)
+def test_a_cpu_shows_as_several_devices_unless_xla_is_told_otherwise(flags, wanted, found):
+    code = (
+        "import jax; from tumorjax import parallel;"
+        f" parallel.split_cpu({wanted}); print(len(jax.devices())); parallel.split_cpu(5);"
+        " print(len(jax.devices()))"
+    )
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    # Once JAX runs, its devices stay as they are.
+    assert run.stdout.split() == [str(found)] * 2

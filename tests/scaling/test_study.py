@@ -121,6 +121,18 @@ def test_a_store_on_another_grid_is_refused(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_cells_side_by_side_end_as_cells_in_turn(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    for devices in (1, 2):
+        command = [sys.executable, "-m", "tumorjax.main", "--config=configs/scaling.py"]
+        command += [f"--workdir={tmp_path / str(devices)}", f"--config.cpu_devices={devices}"]
+        command += [f"--config.{key}={value}" for key, value in SMALL.items()]
+        assert subprocess.run(command, cwd=ROOT, env=environment).returncode in (0, 1)
+    first, second = (tmp_path / name / "results.csv" for name in ("1", "2"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
 def test_a_study_killed_three_times_ends_as_an_undisturbed_one(tmp_path):
     arguments = [f"--config.{key}={value}" for key, value in SMALL.items()]
     # Long enough that a kill falls into training, testing and preparation.

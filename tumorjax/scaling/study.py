@@ -31,7 +31,7 @@ from tumorjax.training.segmenter import check_grid_of
 from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
-_FREE = ("mesh", "processes", "workers")
+_FREE = ("mesh", "processes", "workers", "cpu_devices")
 _REJECTED_COLUMNS = ("case", "stage", "reason")
 
 
@@ -49,6 +49,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         UserError: the configuration cannot be run, or the workdir holds another study.
     """
     clock = Clock()
+    parallel.split_cpu(config.cpu_devices)
     _check(config, workdir)
     cells = grid.cells(config.grid)
     folders = {cell: workdir / "cells" / cell.id for cell in cells}
