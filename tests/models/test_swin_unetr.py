@@ -62,11 +62,16 @@ def test_logits_and_weights_equal_monais(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("version", "merging"), [(1, "merging"), (2, "mergingv2")])
+@pytest.mark.parametrize(
+    ("shape", "version", "merging"),
+    [((64, 64, 32), 1, "merging"), ((64, 32, 64), 2, "mergingv2")],
+)
 def test_gradients_equal_monais(
-    rng, equals_reference, without_kinks, swin_reference, version, merging
+    rng, equals_reference, without_kinks, swin_reference, shape, version, merging
 ):
-    x = rng.standard_normal((1, 32, 64, 32, version)).astype(np.float32)
+    # Four voxels at the coarsest level: the instance norm of two is so ill-conditioned that
+    # PyTorch's own gradients are 4e-4 off in float32.
+    x = rng.standard_normal((1, *shape, version)).astype(np.float32)
     model, reference = _both(swin_reference, version, 4 - version, version, merging)
     equals_reference(model, without_kinks(reference), x)
 

@@ -132,7 +132,7 @@ def test_missing_models_are_told(tmp_path):
 
 def test_fixed_parameters_are_left_alone_by_weight_decay(store, tmp_path):
     config = _config(
-        optimizer="sgd", weight_decay=0.1, deep_supervision=False, batch_size=2, steps=1
+        optimizer="sgd", weight_decay=0.1, deep_supervision=False, batch_size=2, steps=2
     )
     config.model = {"name": "universal", "width": 2, "statistics": "sample"}
     before = models.functional(build_model(config, deep_supervision=False, seed=config.seed))[1]
