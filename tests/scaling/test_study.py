@@ -106,6 +106,28 @@ def test_a_workdir_of_another_study_is_refused(finished):
         study.run(small_config(**{"training.steps": 8}), finished)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.patch_size": (16, 16, 15)}, r"\(16, 16, 15\).*each axis must divide by"),
+        ({"training.freeze": ("nothing",)}, "nothing"),
+        ({"model.name": "vnet"}, "vnet"),
+        (
+            {"model.name": "suprem", "model.widths": None, "model.blocks": None}
+            | {"training.deep_supervision": True},
+            "deep.supervision",
+        ),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_before_anything_is_made(
+    tmp_path, changes, message
+):
+    config = small_config(**changes)
+    with pytest.raises(UserError, match=message):
+        study.run(config, tmp_path)
+    assert not (tmp_path / "scans").exists()
+
+
 def test_a_grid_larger_than_the_cohort_is_refused_before_training(finished, tmp_path):
     config = small_config(**{"grid.n_real": (1, 500), "data.store": str(finished / "store")})
     with pytest.raises(UserError, match="500"):

@@ -27,7 +27,7 @@ from tumorjax.scaling import grid, laws, report
 from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
 from tumorjax.settings import first_difference, plain
 from tumorjax.synthesis.implant import make_store
-from tumorjax.training.segmenter import check_grid_of
+from tumorjax.training.segmenter import check_grid_of, check_network
 from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
@@ -141,6 +141,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
             f" {list(config.grid.seeds)}. Expected arms among {', '.join(cohort.ARMS)}, and at"
             " least one of each"
         )
+    check_network(config)
     if not config.data.store and not config.data.root and config.data.source != "virtual":
         raise UserError(
             f"data.root is empty. Give the folder of the {config.data.source} scans, or data.store"

@@ -47,6 +47,35 @@ def section(config: ConfigDict) -> dict[str, Any]:
     return {name: values[name] for name in SECTIONS}
 
 
+def check_network(config: ConfigDict) -> None:
+    """Refuses a network that cannot be built, trained or given the patch. Nothing is allocated.
+
+    Args:
+        config: with the sections task, model and training.
+
+    Raises:
+        UserError: a setting is unknown or does not fit the others, says which.
+    """
+    training = config.training
+    functions = []
+
+    def parameters() -> dict[str, Array]:
+        network = checkpoints.build_model(config, deep_supervision=training.deep_supervision)
+        apply, values = models.functional(network)
+        functions.append(apply)
+        return values
+
+    shapes = jax.eval_shape(parameters)
+    finetuning.learning_rate_factors(training, shapes)
+    patch = jax.ShapeDtypeStruct((1, *training.patch_size, 1), jnp.float32)
+    try:
+        jax.eval_shape(functions[0], shapes, patch)
+    except ValueError as error:
+        raise UserError(
+            f"training.patch_size {tuple(training.patch_size)}: {config.model.name} refuses {error}"
+        ) from error
+
+
 def make_segmenter(config: ConfigDict, mesh: Mesh) -> Segmenter:
     """Returns the compiled pieces for a configuration; equal ones share them."""
     values = section(config)
@@ -245,6 +274,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if done.is_file() and json.loads(done.read_text()) == section(config) | {"cases": cases}:
         print(f"{workdir}: already finished")
         return 0
+    check_network(config)
     clock = Clock()
     mesh = parallel.make_mesh(config.mesh)
     with tqdm(total=config.training.steps, unit="step", disable=not sys.stderr.isatty()) as bar:
