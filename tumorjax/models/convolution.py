@@ -24,9 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from tumorjax.models import winograd
+
 _DIMENSIONS_3D = ("NXYZC", "XYZIO", "NXYZC")
 _DIMENSIONS_2D = ("NHWC", "HWIO", "NHWC")
-FORMULATIONS = ("auto", "direct", "planar")
+FORMULATIONS = ("auto", "direct", "planar", "winograd")
+# Below so many weights a tap Winograd's transforms cost more than the multiplications it saves.
+_WINOGRAD_WEIGHTS = 512
 
 
 def convolution(
@@ -41,15 +45,25 @@ def convolution(
         x: the input.
         kernel: weights with an odd size along each axis.
         stride: step along each axis. An axis of n voxels becomes ceil(n / step) voxels.
-        formulation: "direct" (lax), "planar" (one 2D convolution) or "auto": planar on CPU.
+        formulation: "direct" (lax), "planar" (one 2D convolution), "winograd" (planar where the
+            kernel or the stride is not Winograd's) or "auto": direct but on CPU, there the
+            faster of the other two.
     """
     if formulation == "auto":
-        formulation = "planar" if jax.default_backend() == "cpu" else "direct"
+        formulation = _choose(kernel.shape[3] * kernel.shape[4])
     if formulation == "direct":
         return _direct(x, kernel, stride)
     if kernel.shape[:3] == (1, 1, 1):
         return _pointwise(x, kernel, stride)
+    if formulation == "winograd" and kernel.shape[0] == 3 and tuple(stride) == (1, 1, 1):
+        return winograd.convolve(x, kernel)
     return _planar_with_backward(x, kernel, stride)
+
+
+def _choose(weights: int) -> str:
+    if jax.default_backend() != "cpu":
+        return "direct"
+    return "winograd" if weights >= _WINOGRAD_WEIGHTS else "planar"
 
 
 def transposed_convolution(
