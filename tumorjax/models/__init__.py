@@ -10,12 +10,17 @@ from flax import nnx
 from jaxtyping import Array
 
 from tumorjax.errors import UserError
+from tumorjax.models.layers import Fixed
 
 NETWORKS = (
     "resenc_unet",
     "plain_unet",
     "stu_net",
     "segresnet",
+    "suprem",
+    "swin_unetr",
+    "unetr",
+    "universal",
 )
 
 
@@ -44,14 +49,24 @@ def create(name: str, **settings) -> nnx.Module:
             raise UserError(f"model.{setting} is {count!r}. Expected a whole number from 1")
     if "classes" not in settings:
         raise UserError(f"model {name} needs classes: the number of its output channels")
-    module = importlib.import_module(f"tumorjax.models.{name}")
-    known = module.SETTINGS
+    known = setting_names(name)
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise UserError(
             f"model {name} has no setting {', '.join(unknown)}. Expected some of {', '.join(known)}"
         )
-    return module.create(**settings)
+    return importlib.import_module(f"tumorjax.models.{name}").create(**settings)
+
+
+def setting_names(name: str) -> tuple[str, ...]:
+    """Returns the names of the settings that the network `name` takes.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    if name not in NETWORKS:
+        raise UserError(f"model.name is {name!r}. Expected one of {', '.join(NETWORKS)}")
+    return importlib.import_module(f"tumorjax.models.{name}").SETTINGS
 
 
 def functional(
@@ -67,10 +82,20 @@ def functional(
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     paths = {".".join(str(part) for part in path): path for path, _ in flat}
+    kinds = {name: type(variable) for name, (_, variable) in zip(paths, flat, strict=True)}
     parameters = {name: variable[...] for name, (_, variable) in zip(paths, flat, strict=True)}
 
     def apply(parameters: dict[str, Array], x: Array) -> Any:
-        values = [(path, nnx.Param(parameters[name])) for name, path in paths.items()]
+        values = [(path, kinds[name](parameters[name])) for name, path in paths.items()]
         return nnx.merge(graph, nnx.from_flat_state(values))(x)
 
     return apply, parameters
+
+
+def fixed_parameters(model: nnx.Module) -> frozenset[str]:
+    """Returns the names of the parameters that training has to leave as they are.
+
+    Their gradient is zero, but an optimizer's weight decay would shrink them.
+    """
+    flat = nnx.to_flat_state(nnx.state(model, Fixed))
+    return frozenset(".".join(str(part) for part in path) for path, _ in flat)

@@ -23,7 +23,11 @@ def he_normal(key: Array, shape: tuple[int, ...]) -> Array:
     Returns:
         float32 weights of mean 0 and variance 2 / (1 + 0.01^2) / fan.
     """
-    scale = (2 / ((1 + LEAKY_SLOPE**2) * math.prod(shape[:4]))) ** 0.5
+    return normal(key, shape, (2 / ((1 + LEAKY_SLOPE**2) * math.prod(shape[:4]))) ** 0.5)
+
+
+def normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+    """Returns float32 values from a normal distribution of mean 0 and deviation `scale`."""
     words = jax.random.key_data(key)
     if isinstance(words, jax.core.Tracer):
         return jax.random.normal(key, shape) * scale
@@ -76,6 +80,7 @@ class TransposedConv(nnx.Module):
         out_channels: int,
         stride: int | tuple[int, int, int],
         *,
+        bias: bool = True,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -83,33 +88,46 @@ class TransposedConv(nnx.Module):
         # PyTorch counts the fan of a transposed kernel over its outputs; nnU-Net inherits that.
         fan_shape = (*shape[:3], out_channels, in_channels)
         self.kernel = nnx.Param(jnp.swapaxes(he_normal(rngs.params(), fan_shape), 3, 4))
-        self.bias = nnx.Param(jnp.zeros(out_channels))
+        self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 d"]:
         y = transposed_convolution(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class InstanceNorm(nnx.Module):
-    """Normalises each channel of each sample over its voxels, in float32, with scale and bias."""
+    """Normalises each channel of each sample over its voxels, in float32, with scale and bias.
 
-    def __init__(self, channels: int, *, epsilon: float = 1e-5):
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
+    With affine=False it has neither, and no parameters.
+    """
+
+    def __init__(self, channels: int, *, epsilon: float = 1e-5, affine: bool = True):
+        self.scale = nnx.Param(jnp.ones(channels)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(channels)) if affine else None
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x y z c"]:
         y = x.astype(jnp.float32)
         centred = y - _voxel_mean(y)
-        gain = self.scale[...] * jax.lax.rsqrt(_voxel_mean(jnp.square(centred)) + self.epsilon)
-        return (centred * gain + self.bias[...]).astype(x.dtype)
+        gain = jax.lax.rsqrt(_voxel_mean(jnp.square(centred)) + self.epsilon)
+        if self.scale is None or self.bias is None:
+            return (centred * gain).astype(x.dtype)
+        return (centred * (self.scale[...] * gain) + self.bias[...]).astype(x.dtype)
 
 
 def _voxel_mean(x: Float[Array, "b x y z c"]) -> Float[Array, "b 1 1 1 c"]:
     # Along z first: XLA:CPU sums one contiguous axis faster than three at once.
     count = x.shape[1] * x.shape[2] * x.shape[3]
     return (x.sum(axis=3).sum(axis=(1, 2)) / count)[:, None, None, None]
+
+
+class Fixed(nnx.Variable):
+    """A value that training leaves as it is: running statistics, a table of embeddings.
+
+    It is among the parameters, so that checkpoints and weight import carry it; see
+    `tumorjax.models.fixed_parameters`.
+    """
 
 
 class ConvNormAct(nnx.Module):

@@ -105,6 +105,8 @@ def build_model(config: Any, *, deep_supervision: bool, seed: int = 0) -> Any:
     class_table(config.task.classes)
     settings = {key: value for key, value in config.model.items() if key != "name"}
     settings["dtype"] = compute_dtype(settings.get("dtype", "auto"))
+    if "class_names" in models.setting_names(config.model.name):
+        settings.setdefault("class_names", tuple(config.task.classes))
     return models.create(
         config.model.name,
         classes=len(config.task.classes) + 1,

@@ -60,6 +60,7 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
     training = config.training
     network = checkpoints.build_model(config, deep_supervision=training.deep_supervision)
     apply_levels, parameters = models.functional(network)
+    fixed = models.fixed_parameters(network)
     apply, _ = models.functional(checkpoints.build_model(config, deep_supervision=False))
     update = schedules.optimizer(training, training.steps)
     rate = schedules.learning_rate(training, training.steps)
@@ -70,7 +71,9 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
     patch = tuple(training.patch_size)
 
     def init(seed: int) -> dict[str, Any]:
-        model = checkpoints.build_model(config, deep_supervision=True, seed=seed)
+        model = checkpoints.build_model(
+            config, deep_supervision=training.deep_supervision, seed=seed
+        )
         values = models.functional(model)[1]
         state = {
             "parameters": values,
@@ -100,7 +103,10 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
 
         (loss, logits), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["parameters"])
         changes, optimizer = update.update(gradient, state["optimizer"], state["parameters"])
-        values = jax.tree.map(jnp.add, state["parameters"], changes)
+        values = {
+            name: value if name in fixed else value + changes[name]
+            for name, value in state["parameters"].items()
+        }
         scalars = {"loss": loss, "learning_rate": jnp.asarray(rate(state["step"]))}
         dice = losses.dice_per_class(logits, label)
         scalars |= {f"dice_{name}": dice[index] for index, name in enumerate(classes)}
