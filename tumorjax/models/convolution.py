@@ -52,7 +52,7 @@ def convolution(
             faster of the other two.
     """
     if formulation == "auto":
-        formulation = _choose(kernel.shape[3] * kernel.shape[4])
+        formulation = choose(kernel.shape[3] * kernel.shape[4])
     if formulation == "direct":
         return _direct(x, kernel, stride)
     if kernel.shape[:3] == (1, 1, 1):
@@ -62,7 +62,8 @@ def convolution(
     return _planar_with_backward(x, kernel, stride)
 
 
-def _choose(weights: int) -> str:
+def choose(weights: int) -> str:
+    """Returns the formulation for a kernel of so many weights a tap on the backend at hand."""
     if jax.default_backend() != "cpu":
         return "direct"
     return "winograd" if weights >= _WINOGRAD_WEIGHTS else "planar"
