@@ -11,6 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from tumorjax import compilation_cache
 from tumorjax.errors import CaseError, UserError
 
 JOBS = {
@@ -25,14 +26,21 @@ JOBS = {
 }
 
 USAGE = f"""tumorjax --config=configs/JOB.py[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]
+         [--compilation_cache=DIR]
 
 JOB is one of {", ".join(JOBS)}. Its config file says what it does, its variants and its
 keys. Results go to DIR (default runs/JOB); run again, a job goes on where it stopped.
+Compiled programs are kept in ~/.cache/tumorjax; --compilation_cache= keeps none.
 Exit codes: 0 all done; 1 finished, with cases set aside (DIR/rejected.csv); 2 wrong use;
 3 a defect of tumorjax, with its traceback."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT if any.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; default runs/JOB.")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Keeps compiled programs between runs; default ~/.cache/tumorjax/compiled, empty for none.",
+)
 flags.mark_flag_as_required("config")
 
 
@@ -51,6 +59,8 @@ def main(argv: list[str]) -> int:
             f"config.job is {config.get('job')!r}. Expected one of {', '.join(sorted(JOBS))}"
         )
     workdir = Path(_WORKDIR.value or Path("runs") / config.job)
+    cache = _CACHE.value
+    compilation_cache.keep(compilation_cache.default_folder() if cache is None else cache)
     job = importlib.import_module(JOBS[config.job])
     return job.run(config, workdir) or 0
 

@@ -17,16 +17,22 @@ Milliseconds on 2 cores (AVX-512), float32, two crops, forward / gradient of inp
 side by side would hold three times the memory of the activations between the passes.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from tumorjax.models import winograd
+
 _DIMENSIONS_3D = ("NXYZC", "XYZIO", "NXYZC")
 _DIMENSIONS_2D = ("NHWC", "HWIO", "NHWC")
-FORMULATIONS = ("auto", "direct", "planar")
+FORMULATIONS = ("auto", "direct", "planar", "winograd")
+# Below so many weights a tap Winograd's transforms cost more than the multiplications it saves.
+_WINOGRAD_WEIGHTS = 512
 
 
 def convolution(
@@ -41,15 +47,44 @@ def convolution(
         x: the input.
         kernel: weights with an odd size along each axis.
         stride: step along each axis. An axis of n voxels becomes ceil(n / step) voxels.
-        formulation: "direct" (lax), "planar" (one 2D convolution) or "auto": planar on CPU.
+        formulation: "direct" (lax), "planar" (one 2D convolution), "winograd" (planar where the
+            kernel or the stride is not Winograd's) or "auto": direct but on CPU, there the
+            faster of the other two.
     """
     if formulation == "auto":
-        formulation = "planar" if jax.default_backend() == "cpu" else "direct"
+        formulation = choose(kernel.shape[3] * kernel.shape[4])
     if formulation == "direct":
         return _direct(x, kernel, stride)
     if kernel.shape[:3] == (1, 1, 1):
         return _pointwise(x, kernel, stride)
+    if formulation == "winograd" and kernel.shape[0] == 3 and tuple(stride) == (1, 1, 1):
+        return winograd.convolve(x, kernel)
     return _planar_with_backward(x, kernel, stride)
+
+
+def choose(weights: int) -> str:
+    """Returns the formulation for a kernel of so many weights a tap on the backend at hand."""
+    if jax.default_backend() != "cpu":
+        return "direct"
+    return "winograd" if weights >= _WINOGRAD_WEIGHTS else "planar"
+
+
+def convolution_of_parts(
+    parts: Sequence[Float[Array, "b x y z _c"]],
+    kernel: Float[Array, "i j k c d"],
+    stride: tuple[int, int, int] = (1, 1, 1),
+) -> Float[Array, "b x2 y2 z2 d"]:
+    """Convolves arrays as if their channels stood side by side.
+
+    On CPU it is the sum of their convolutions: nothing is copied, and a U-Net keeps no second copy
+    of its skip connections for the backward pass.
+    """
+    if len(parts) == 1 or jax.default_backend() != "cpu":
+        return convolution(jnp.concatenate(parts, axis=-1), kernel, stride)
+    ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
+    kernels = jnp.split(kernel, ends, axis=3)
+    convolved = [convolution(p, k, stride) for p, k in zip(parts, kernels, strict=True)]
+    return sum(convolved[1:], start=convolved[0])
 
 
 def transposed_convolution(

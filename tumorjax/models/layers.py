@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tumorjax.models.convolution import convolution, transposed_convolution
+from tumorjax.models.convolution import convolution_of_parts, transposed_convolution
 
 LEAKY_SLOPE = 0.01
 
@@ -38,7 +38,10 @@ def normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
 
 
 class Conv(nnx.Module):
-    """Convolution with padding size // 2. Parameters are float32, operands `dtype`."""
+    """Convolution with padding size // 2. Parameters are float32, operands `dtype`.
+
+    Called with several arrays in a tuple, it takes their channels as if they stood side by side.
+    """
 
     def __init__(
         self,
@@ -57,8 +60,11 @@ class Conv(nnx.Module):
         self.stride = stride
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 d"]:
-        y = convolution(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
+    def __call__(
+        self, x: Float[Array, "b x y z c"] | tuple[Float[Array, "b x y z _c"], ...]
+    ) -> Float[Array, "b x2 y2 z2 d"]:
+        parts = [part.astype(self.dtype) for part in (x if isinstance(x, tuple) else (x,))]
+        y = convolution_of_parts(parts, self.kernel[...].astype(self.dtype), self.stride)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -143,7 +149,9 @@ class ConvNormAct(nnx.Module):
         self.norm = InstanceNorm(out_channels)
         self.act = act
 
-    def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 d"]:
+    def __call__(
+        self, x: Float[Array, "b x y z c"] | tuple[Float[Array, "b x y z _c"], ...]
+    ) -> Float[Array, "b x2 y2 z2 d"]:
         y = self.norm(self.conv(x))
         return leaky_relu(y) if self.act else y
 

@@ -103,8 +103,8 @@ def run_unet(
     for level, (up, stage, head) in enumerate(
         zip(upsampling, model.decoder, model.heads, strict=True)
     ):
-        x = jnp.concatenate([up(x), skips[-2 - level]], axis=-1)
-        x = run(stage, x)
+        # Side by side, as the first convolution takes them.
+        x = run(stage, (up(x), skips[-2 - level]))
         if model.deep_supervision or level == len(model.heads) - 1:
             logits.append(head(x).astype(jnp.float32))
     return logits[::-1] if model.deep_supervision else logits[-1]
