@@ -56,10 +56,11 @@ class Network(NamedTuple):
 
 def networks() -> dict[str, Network]:
     """Returns the networks by name."""
-    config = get_config()
-    model, training = config.model, config.training
+    from tumorjax.models.resenc_unet import SMALL
+
+    training = get_config().training
     m = ((32, 64, 128, 256, 320), (1, 3, 4, 6, 6), (96, 96, 96))
-    default = (tuple(model.widths), tuple(model.blocks), tuple(training.patch_size))
+    default = (SMALL["widths"], SMALL["blocks"], tuple(training.patch_size))
     return {
         "default": Network(*default, training.batch_size, training.deep_supervision, True),
         "resencm": Network(*m, 2, True, True),
