@@ -83,7 +83,7 @@ def test_full_size_equals_its_reference(equals_reference, rng):
     reference = _reference(stages=6, widths=widths, classes=2, channels=1)
     model = models.create("plain_unet", preset="nnunet", classes=2, deep_supervision=True)
     x = rng.standard_normal((1, 64, 64, 32, 1)).astype(np.float32)
-    equals_reference(model, reference, x)
+    equals_reference(model, reference, x, full_size=True)
 
 
 def test_wrong_settings_are_told():

@@ -170,7 +170,9 @@ def test_full_size_equals_its_reference(equals_reference, rng):
         nonlin=torch.nn.LeakyReLU,
     )
     x = rng.standard_normal((1, 48, 48, 32, 1)).astype(np.float32)
-    equals_reference(models.create("resenc_unet", preset="M", classes=3), reference, x)
+    equals_reference(
+        models.create("resenc_unet", preset="M", classes=3), reference, x, full_size=True
+    )
 
 
 @pytest.mark.parametrize(
