@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import sys
 from pathlib import Path
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -17,18 +18,22 @@ def default_folder() -> Path:
 def keep(folder: str | os.PathLike) -> None:
     """Lets JAX keep compiled programs in a folder and read them there.
 
-    To be called before JAX is imported: it is said by JAX's environment variable, so that jobs
-    that never need JAX do not wait for its import. A value that the user has given to that variable
-    stays.
+    It is said by JAX's environment variable, so that jobs that never need JAX do not wait for its
+    import; where JAX is there already, to JAX as well. A value that the user has given to that
+    variable stays.
 
     Args:
         folder: made when the first program is written, with a folder in it for each kind of
             processor: a program compiled for CPU may use instructions that another machine with the
             same home lacks. "" keeps nothing.
     """
-    if os.fspath(folder):
-        path = Path(folder).expanduser().absolute() / processor()
-        os.environ.setdefault(VARIABLE, str(path))
+    if not os.fspath(folder) or os.environ.get(VARIABLE):
+        return
+    path = Path(folder).expanduser().absolute() / processor()
+    os.environ[VARIABLE] = str(path)
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 def processor() -> str:
