@@ -1,7 +1,7 @@
 """The command line: reads flags and a config, and hands over to the job that the config names."""
 
 import importlib
-import logging
+import os
 import re
 import sys
 import traceback
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
     # Orbax and Dask tell of every step of a save and of every worker at level INFO.
     if not flags.FLAGS["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    # Dask sets its loggers' levels itself, when it is imported.
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
     config = _CONFIG.value
     if config.get("job") not in JOBS:
         raise UserError(

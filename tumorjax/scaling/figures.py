@@ -110,6 +110,8 @@ def headline(curves: Curves, metric: str, splits: Sequence[str], label: str = AL
     axes[0].set_ylabel(METRICS[metric] + ("" if metric in LESS_IS_BETTER else ", %"))
     low, high = axes[0].get_ylim()
     # Room for where curves level off, and for the names of the arms.
+    ticks = axes[0].get_yticks()
+    axes[0].set_yticks([tick for tick in ticks if 0 <= tick <= high])
     axes[0].set_ylim(low - 0.24 * (high - low), high + 0.05 * (high - low))
     for axis, of_split in zip(axes, chosen, strict=True):
         _label_curves(axis, of_split)

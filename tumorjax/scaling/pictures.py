@@ -94,7 +94,7 @@ def side_by_side(
             axis.grid(False)
             for spine in axis.spines.values():
                 spine.set_visible(False)
-        axes[row, 0].set_ylabel(f"{first.split.upper()}  {case}", fontsize=8)
+        axes[row, 0].set_ylabel(f"{first.split.upper()}\n{case}", fontsize=8)
         _outline(axes[row, 1], first.truth[window], first.tumors, TRUTH)
         for axis, (_, _, dice), sample in zip(axes[row, 2:], cells, samples, strict=True):
             _outline(axis, sample.prediction[window], sample.tumors, PREDICTION)

@@ -133,7 +133,7 @@ def _level(arms: Mapping[str, Any], metric: str, split: str) -> str:
     interval = _between(curve, -1)
     what = _SCORES.get(metric, METRICS[metric])
     text = f"On {PLACES[split]}, {name} reach {what} of {curve['mean'][-1]:.1f} %{interval}"
-    text += f" with {last} annotated scans"
+    text += f" with {last} annotated scan{'s' * (last != 1)}"
     text += f", and {curve['mean'][0]:.1f} % with {first}. " if first != last else ". "
     plateau, margin = curve["plateau"], _points(curve["plateau"]["margin"])
     if len(curve["n"]) == 1:
@@ -162,7 +162,7 @@ def _benefit(difference: Mapping[str, Any]) -> str:
     def at(index: int) -> str:
         value, n = difference["difference"][index], difference["n"][index]
         low, high = difference["low"][index], difference["high"][index]
-        change = f"{number(value, sign=True)} points with {n} scans"
+        change = f"{number(value, sign=True)} points with {n} scan{'s' * (n != 1)}"
         if low is None:
             return f"{change} (no interval known)"
         judgement = "a gain" if low > 0 else "a loss" if high < 0 else "which may be chance"
