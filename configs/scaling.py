@@ -59,7 +59,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     config.cohort = ConfigDict()
     config.cohort.ood_sites = tuple(config.virtual.ood_sites)  # never trained on
-    config.cohort.id_test = 24.0  # patients held out: a number, or a share
+    config.cohort.id_test = 24.0  # patients held out: a number above 1, or a share
     config.cohort.ood_test = 1.0
     config.cohort.annotated = "tumor"  # or "all": tumour-free scans count as annotated too
 

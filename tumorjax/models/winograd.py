@@ -100,7 +100,7 @@ convolve.defvjp(_forward, _backward)
 
 def _kernel_gradient(x, kernel, gradient):
     m = tile_size(x.shape[1])
-    taps: list[Array | None] = [None] * 3
+    taps: list[list[Array]] = [[], [], []]
     planes = _output_planes(gradient, m)
     for k, of_input in enumerate(_INPUT[m]):
         u = _combine(of_input, _tile_planes(x, m))
@@ -108,8 +108,9 @@ def _kernel_gradient(x, kernel, gradient):
         product = _planar_kernel_gradient(u, v, kernel.shape[1:])
         for tap, factor in enumerate(_KERNEL[m][k]):
             if factor:
-                taps[tap] = product * factor + (0 if taps[tap] is None else taps[tap])
-    return jnp.stack(taps).astype(kernel.dtype)
+                # One running sum a tap: products of all k at once would be three times the memory.
+                taps[tap] = [sum(taps[tap], start=product * factor)]
+    return jnp.stack([total for (total,) in taps]).astype(kernel.dtype)
 
 
 def _combine(factors: Sequence[float], parts: Sequence[Array]) -> Array:
