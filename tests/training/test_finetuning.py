@@ -179,7 +179,7 @@ def test_heads_are_made_anew_for_other_classes_and_it_says_so(source, caplog):
     config.task.classes = {"liver": ("liver",), "spleen": ("spleen",)}
     initial = _initial(config)
     start = finetuning.starting_parameters(str(folder), config, initial)
-    assert "liver, liver_lesion, and the task is liver, spleen: its heads are re-made" in (
+    assert "kidney, kidney_lesion, and the task is liver, spleen: its heads are re-made" in (
         caplog.text
     )
     for name, value in start.items():

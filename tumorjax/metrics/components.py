@@ -36,9 +36,10 @@ def label_components(
         return np.zeros(mask.shape, np.int32), 0
     neighbours = cast(Literal[6, 18, 26], connectivity)
     # cc3d 4.1's way for booleans counts too few labels on a line of voxels, such as the box about
-    # two small lesions in one row, and fails; its way for integers does not.
+    # two small lesions in one row, and fails; its way for integers does not, where nothing lies
+    # between the voxels in memory.
     line = sum(size == 1 for size in mask.shape) >= 2
-    voxels = mask.view(np.uint8) if line else mask
+    voxels = np.ascontiguousarray(mask).view(np.uint8) if line else mask
     labels, count = cc3d.connected_components(voxels, connectivity=neighbours, return_N=True)
     return labels.astype(np.int32), int(count)
 

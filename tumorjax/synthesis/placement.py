@@ -12,13 +12,13 @@ their centre in the wall or in what it holds, not in gas.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import cc3d
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 from scipy import ndimage
 
 from tumorjax.errors import CaseError
+from tumorjax.metrics.components import label_components
 from tumorjax.synthesis import shapes
 from tumorjax.synthesis.texture import generator
 
@@ -213,7 +213,7 @@ def _cut(shape, centre, image, organ_mask, taken, blocked, steps, may_protrude) 
     mask = mask & allowed
     if not mask.any():
         return None
-    labels, pieces = cc3d.connected_components(mask, connectivity=26, return_N=True)
+    labels, pieces = label_components(mask)
     if pieces > 1:
         # The organ cut it into pieces: the one that has most of the organ is the tumour.
         mask = labels == 1 + np.argmax(np.bincount(labels[organ_mask[box]], minlength=2)[1:])

@@ -22,7 +22,6 @@ import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import cc3d
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +30,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from tumorjax.errors import UserError
+from tumorjax.metrics.components import label_components
 
 SIZES = ("tiny", "small", "medium", "large")
 PRIORS = ("difftumor", "measured")
@@ -265,7 +265,7 @@ def _voxelize(
     if not mask.any():
         # Smaller than a voxel: it still is a tumour of one voxel.
         mask[np.unravel_index(np.argmin(sampled), sampled.shape)] = True
-    labels, pieces = cc3d.connected_components(mask, connectivity=26, return_N=True)
+    labels, pieces = label_components(mask)
     if pieces > 1:
         mask = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
     box = tuple(
