@@ -112,6 +112,7 @@ def test_a_workdir_of_another_study_is_refused(finished):
         ({"training.patch_size": (16, 16, 15)}, r"\(16, 16, 15\).*each axis must divide by"),
         ({"training.freeze": ("nothing",)}, "nothing"),
         ({"model.name": "vnet"}, "vnet"),
+        ({"laws.bootstrap": 50}, "bootstrap is 50"),
         (
             {"model.name": "suprem", "model.widths": None, "model.blocks": None}
             | {"training.deep_supervision": True},
@@ -119,7 +120,7 @@ def test_a_workdir_of_another_study_is_refused(finished):
         ),
     ],
 )
-def test_a_network_that_cannot_be_trained_is_refused_before_anything_is_made(
+def test_settings_that_cannot_be_used_are_refused_before_anything_is_made(
     tmp_path, changes, message
 ):
     config = small_config(**changes)

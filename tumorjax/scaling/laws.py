@@ -132,12 +132,7 @@ def analyse(
     Raises:
         UserError: the table or a setting is not usable.
     """
-    metrics = tuple(setting(settings, "metrics", tuple(METRICS)))
-    splits = tuple(setting(settings, "splits", SPLITS))
-    margin = float(setting(settings, "margin", MARGIN))
-    bootstrap = int(setting(settings, "bootstrap", BOOTSTRAP))
-    seed = int(setting(settings, "seed", 0))
-    _check_settings(metrics, splits, margin, bootstrap, seed)
+    metrics, splits, margin, bootstrap, seed = check_settings(settings)
     measured = curves(table, metrics, splits, str(setting(settings, "name", "results table")))
     patients = {} if not cases else resampling.patient_deviations(cases, measured, bootstrap, seed)
     report: dict[str, Any] = {
@@ -309,9 +304,19 @@ def _single(n: Any, score: Any, bootstrap: int, seed: int) -> Sampled:
     return resampling.sample(curve, noise, bootstrap, resampling.generator(seed))
 
 
-def _check_settings(
-    metrics: Sequence[str], splits: Sequence[str], margin: float, bootstrap: int, seed: int
-) -> None:
+def check_settings(
+    settings: Mapping[str, Any] | None,
+) -> tuple[tuple[str, ...], tuple[str, ...], float, int, int]:
+    """Returns metrics, splits, margin, draws and seed, with defaults where absent.
+
+    Raises:
+        UserError: a setting is not usable.
+    """
+    metrics = tuple(setting(settings, "metrics", tuple(METRICS)))
+    splits = tuple(setting(settings, "splits", SPLITS))
+    margin = float(setting(settings, "margin", MARGIN))
+    bootstrap = int(setting(settings, "bootstrap", BOOTSTRAP))
+    seed = int(setting(settings, "seed", 0))
     for kind, values, known in (("metrics", metrics, METRICS), ("splits", splits, SPLITS)):
         wrong = [value for value in values if value not in known]
         if wrong or not values:
@@ -325,6 +330,7 @@ def _check_settings(
         raise UserError(f"bootstrap is {bootstrap}. Expected 100 to 100000 draws")
     if seed < 0:
         raise UserError(f"seed is {seed}. Expected 0 or more")
+    return metrics, splits, margin, bootstrap, seed
 
 
 # The job

@@ -142,6 +142,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
             " least one of each"
         )
     check_network(config)
+    laws.check_settings(config.laws)
     if not config.data.store and not config.data.root and config.data.source != "virtual":
         raise UserError(
             f"data.root is empty. Give the folder of the {config.data.source} scans, or data.store"
