@@ -130,3 +130,17 @@ def test_a_network_with_more_heads_in_training_gives_its_finest_logits(tmp_path,
     levels = jax.jit(lambda x: network(x))(x)
     assert len(levels) == 2
     np.testing.assert_allclose(jax.jit(apply)(x), levels[0], atol=1e-5)
+
+
+def test_what_a_killed_save_left_aside_is_gone_before_the_next_one(tmp_path):
+    _write(tmp_path, 1)
+    aside = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    (aside / "d").mkdir(parents=True)
+    (aside / "d" / "part").write_bytes(b"half")
+    checkpoints.load_model(tmp_path)
+    assert aside.exists(), "a reader leaves alone what a training may be writing"
+    with checkpoints.open_manager(tmp_path, write=True) as manager:
+        assert not aside.exists()
+        assert manager.latest_step() == 1
+        checkpoints.save(manager, 2, _state(2), 20)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2"]

@@ -21,9 +21,18 @@ from tumorjax.anatomy import class_table
 from tumorjax.errors import UserError
 
 
-def open_manager(folder: Path, keep: int = 1) -> ocp.CheckpointManager:
-    """Opens the checkpoints of a training; the newest `keep` stay."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+def open_manager(folder: Path, keep: int = 1, write: bool = False) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a training; the newest `keep` stay.
+
+    Args:
+        folder: of the training.
+        keep: how many.
+        write: to train. What a killed save left aside is removed first: a save of the same step
+            would remove it while it writes there, and can fail over that.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=write
+    )
     # Named handlers, so that what is saved can be looked at before anything was restored.
     handlers = {"state": ocp.StandardCheckpointHandler(), "loader": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(

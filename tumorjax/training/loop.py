@@ -60,7 +60,7 @@ def train(
         UserError: a checkpoint in the folder is of another network.
     """
     curve = folder / "metrics.csv"
-    with checkpoints.open_manager(folder) as manager:
+    with checkpoints.open_manager(folder, write=True) as manager:
         restored = checkpoints.restore_newest(manager, state)
         position = 0
         if restored is not None:
