@@ -185,15 +185,18 @@ def equals_reference(rng):
 
 @pytest.fixture
 def without_kinks(monkeypatch):
-    """Puts SiLU for the leaky ReLU of UNETR's blocks: without_kinks(reference) -> reference.
+    """Puts SiLU for ReLU, and for UNETR's leaky one: without_kinks(reference) -> reference.
 
-    A leaky ReLU's slope jumps at 0. Where two networks round differently a value's sign turns
+    From the call on the network under test has it as well. A ReLU's slope jumps at 0. Where two networks round differently a value's sign turns
     here and there, and with it that voxel's gradient: 1e-2 of a parameter's in a small patch.
     """
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(unetr_blocks, "leaky_relu", jax.nn.silu)
 
     def smooth(reference):
+        monkeypatch.setattr(unetr_blocks, "leaky_relu", jax.nn.silu)
+        monkeypatch.setattr(jax.nn, "relu", jax.nn.silu)
+        # torch.nn.ReLU calls it, too.
+        monkeypatch.setattr(torch, "relu", torch.nn.functional.silu)
         for module in list(reference.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, torch.nn.LeakyReLU):
