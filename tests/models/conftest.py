@@ -187,8 +187,9 @@ def equals_reference(rng):
 def without_kinks(monkeypatch):
     """Puts SiLU for ReLU, and for UNETR's leaky one: without_kinks(reference) -> reference.
 
-    From the call on the network under test has it as well. A ReLU's slope jumps at 0. Where two networks round differently a value's sign turns
-    here and there, and with it that voxel's gradient: 1e-2 of a parameter's in a small patch.
+    From the call on the network under test has it as well. A ReLU's slope jumps at 0. Where two
+    networks round differently a value's sign turns here and there, and with it that voxel's
+    gradient: 1e-2 of a parameter's in a small patch.
     """
     torch = pytest.importorskip("torch")
 
