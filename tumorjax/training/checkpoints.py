@@ -6,6 +6,7 @@ checkpoint is executed when it is read.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ def open_manager(folder: Path, keep: int = 1, write: bool = False) -> ocp.Checkp
         folder: of the training.
         keep: how many.
         write: to train. What a killed save left aside is removed first: a save of the same step
-            would remove it while it writes there, and can fail over that.
+            would remove it while it writes there, and can fail over that; so would Orbax's own
+            cleanup_tmp_directories, which works in the background.
     """
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, cleanup_tmp_directories=write
-    )
+    if write and jax.process_index() == 0:
+        for leftover in (folder / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     # Named handlers, so that what is saved can be looked at before anything was restored.
     handlers = {"state": ocp.StandardCheckpointHandler(), "loader": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(
