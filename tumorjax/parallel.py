@@ -49,8 +49,8 @@ def start_processes(settings: Mapping[str, Any]) -> None:
 def split_cpu(devices: int) -> None:
     """Lets JAX show a CPU as several devices, which share its cores.
 
-    A small network's step keeps little more than one core busy, so that two trainings side by side
-    take little longer than one. Without effect on accelerators, and where JAX runs already or
+    A small network's step does not fill two cores, so that two trainings side by side end somewhat
+    sooner than one after the other. Without effect on accelerators, and where JAX runs already or
     XLA_FLAGS says how many devices there are.
 
     Args:
