@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 from tumorjax import models
+from tumorjax.models.convolution import compiler_options
 from tumorjax.training.losses import segmentation_loss
 
 PATCH = (96, 96, 96)
@@ -88,7 +89,7 @@ def measure(row: str, batch: int) -> dict[str, float]:
         changes, optimizer = update.update(gradient, optimizer, values)
         return optax.apply_updates(values, changes), optimizer
 
-    compiled = jax.jit(step, donate_argnums=(0, 1))
+    compiled = jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options())
     state = jax.block_until_ready(compiled(values, update.init(values)))
     first = time.perf_counter() - start
     seconds = []

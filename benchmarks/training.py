@@ -2,11 +2,13 @@
 
     python -m benchmarks.training [--only PATTERN ...] [--rounds 3]
 
-Networks: `default`, the study's, in steps on batches of two 32^3 crops; `resencm`, nnU-Net's
-ResEncM with deep supervision, in steps on two patches of 96^3; `forward`, ResEncM's inference on
-one patch. A step is forward, Dice + cross-entropy, backward, update, without augmentation. The peer
-is dynamic-network-architectures' ResidualEncoderUNet (extra `torch`); without it only our rows are
-printed. `--only` takes patterns of row names, for instance 'default/*' '*/*-float32'.
+Networks: `default`, the study's, in steps on batches of two 32^3 crops (`lax`: with plain
+lax.conv_general_dilated, compiled as it comes); `resencm`, nnU-Net's ResEncM with deep supervision,
+in steps on two patches of 96^3 (`+remat`: what a stage computes is computed again in the backward
+pass); `forward`, ResEncM's inference on one patch. A step is forward, Dice + cross-entropy,
+backward, update, without augmentation. The peer is dynamic-network-architectures'
+ResidualEncoderUNet (extra `torch`); without it only our rows are printed. `--only` takes patterns
+of row names, for instance 'default/*' '*/*-float32'.
 
 Each row is a process of its own, so that its peak memory is its own; they run in turn. Seconds are
 medians; `first` counts compilation, or reading what an earlier run compiled. `CPU s` is the time of
@@ -73,6 +75,7 @@ ROWS = {
     "default/tumorjax-float32": "default/tumorjax-float32",
     "default/lax-float32": "default/tumorjax-float32",
     "default/pytorch-float32": "default/pytorch-float32",
+    "resencm/tumorjax+remat-float32": "resencm/tumorjax-float32",
     **{
         f"{network}/{framework}-{dtype}": f"{network}/{framework}-float32"
         for network in ("resencm", "forward")
@@ -89,13 +92,19 @@ def batch_of(network: Network) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.integers(0, CLASSES, x.shape[:-1]).astype(np.int32)
 
 
-def ours(network: Network, dtype: str) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
-    """Returns a function that does a step (or a forward pass), and one for gradient or logits."""
+def ours(
+    network: Network, dtype: str, *, tuned: bool = True, remat: bool = False
+) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
+    """Returns a function that does a step (or a forward pass), and one for gradient or logits.
+
+    `tuned` compiles with the project's compiler options, `remat` keeps less for the backward pass.
+    """
     import jax
     import jax.numpy as jnp
     import optax
 
     from tumorjax import models
+    from tumorjax.models.convolution import compiler_options
     from tumorjax.training.losses import segmentation_loss
 
     model = models.create(
@@ -103,11 +112,13 @@ def ours(network: Network, dtype: str) -> tuple[Callable[[], None], Callable[[],
         **network.settings,
         deep_supervision=network.deep_supervision,
         dtype=dtype,
+        remat=remat,
     )
     apply, values = models.functional(model)
     x, y = (jnp.asarray(array) for array in batch_of(network))
+    options = compiler_options() if tuned else {}
     if not network.step:
-        forward = jax.jit(apply)
+        forward = jax.jit(apply, compiler_options=options)
         return (
             lambda: jax.block_until_ready(forward(values, x)),
             lambda: np.asarray(forward(values, x), np.float32).ravel(),
@@ -121,7 +132,7 @@ def ours(network: Network, dtype: str) -> tuple[Callable[[], None], Callable[[],
         changes, optimizer = update.update(gradient, optimizer, values)
         return optax.apply_updates(values, changes), optimizer
 
-    jitted = jax.jit(step, donate_argnums=(0, 1))
+    jitted = jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
     first: list[np.ndarray] = []
 
     def run() -> None:
@@ -224,7 +235,8 @@ def work(name: str, folder: str, pipe: Connection) -> None:
         plain = mock.patch.object(convolution, "choose", return_value="direct")
         if framework == "lax":
             plain.start()
-        run, result = ours(network, dtype)
+        tuned, remat = framework != "lax", framework.endswith("+remat")
+        run, result = ours(network, dtype, tuned=tuned, remat=remat)
     pipe.send("ready")
     while pipe.recv() == "run":
         start, used = time.perf_counter(), time.process_time()

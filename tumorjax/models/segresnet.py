@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from tumorjax.errors import UserError
 from tumorjax.models.layers import Conv, GroupNorm, InstanceNorm, TransposedConv
+from tumorjax.models.rematerialization import run_block
 from tumorjax.models.unet import LEAVES, check_divides
 from tumorjax.models.upsampling import OverlappingTransposedConv, upsample_linear
 
@@ -176,19 +177,14 @@ class SegResNet(nnx.Module):
         """
         check_divides(x.shape[1:4], self.divisor)
 
-        def run(level, *inputs):
-            return level(*inputs)
-
-        if self.remat:
-            run = nnx.remat(run)
         x = self.stem(x)
         skips = []
         for level in self.down:
-            x = run(level, x)
+            x = run_block(level, x, remat=self.remat)
             skips.append(x)
         logits = []
         for index, up in enumerate(self.up):
-            x = run(up, x, skips[-2 - index])
+            x = run_block(up, x, skips[-2 - index], remat=self.remat)
             if up.head is not None and (self.deep_supervision or index == len(self.up) - 1):
                 logits.append(up.head(x).astype(jnp.float32))
         if self.head is not None and self.norm is not None:

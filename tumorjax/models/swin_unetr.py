@@ -19,13 +19,13 @@ from jaxtyping import Array, Float
 
 from tumorjax.errors import UserError
 from tumorjax.models.layers import Conv, normal, triple
+from tumorjax.models.rematerialization import run_block
 from tumorjax.models.transformer import Dense, LayerNorm, Mlp, PatchConv, attention, layer_norm
 from tumorjax.models.unetr_blocks import (
     ResBlock,
     UpBlock,
     check_patch,
     check_settings,
-    run_block,
     torch_heads,
     torch_key,
 )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from tumorjax.errors import UserError
 from tumorjax.models.layers import Conv, ConvNormAct, TransposedConv, triple
+from tumorjax.models.rematerialization import run_block
 
 # An axis is halved as long as this many voxels are left: nnU-Net's UNet_featuremap_min_edge_length.
 MIN_EDGE = 4
@@ -94,17 +95,16 @@ def run_unet(
     Returns:
         Logits, float32; with deep supervision those of all levels, finest first.
     """
-    run = nnx.remat(lambda stage, x: stage(x)) if model.remat else lambda stage, x: stage(x)
     skips = []
     for stage in model.encoder:
-        x = run(stage, x)
+        x = run_block(stage, x, remat=model.remat)
         skips.append(x)
     logits = []
     for level, (up, stage, head) in enumerate(
         zip(upsampling, model.decoder, model.heads, strict=True)
     ):
         # Side by side, as the first convolution takes them.
-        x = run(stage, (up(x), skips[-2 - level]))
+        x = run_block(stage, (up(x), skips[-2 - level]), remat=model.remat)
         if model.deep_supervision or level == len(model.heads) - 1:
             logits.append(head(x).astype(jnp.float32))
     return logits[::-1] if model.deep_supervision else logits[-1]

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from tumorjax.errors import UserError
 from tumorjax.models.layers import Conv, Fixed, TransposedConv, triple
-from tumorjax.models.unetr_blocks import check_patch, run_block
+from tumorjax.models.rematerialization import run_block
+from tumorjax.models.unetr_blocks import check_patch
 
 STATISTICS = ("batch", "sample", "running")
 _LEAVES = {

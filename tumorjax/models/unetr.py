@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from tumorjax.errors import UserError
 from tumorjax.models.layers import Conv, normal, triple
+from tumorjax.models.rematerialization import run_block
 from tumorjax.models.transformer import LayerNorm, Mlp, PatchConv, SelfAttention
 from tumorjax.models.unetr_blocks import (
     ProjectionUp,
@@ -22,7 +23,6 @@ from tumorjax.models.unetr_blocks import (
     UpBlock,
     check_patch,
     check_settings,
-    run_block,
     torch_heads,
     torch_key,
 )

@@ -80,13 +80,6 @@ class ProjectionUp(nnx.Module):
         return x
 
 
-def run_block(block: nnx.Module, *inputs: Array, remat: bool) -> Array:
-    """Applies a block; with `remat` its inside is computed again in the backward pass."""
-    if not remat:
-        return block(*inputs)  # type: ignore[operator]
-    return nnx.remat(lambda block, *inputs: block(*inputs))(block, *inputs)
-
-
 def check_settings(name: str, deep_supervision: bool, heads: Mapping[int, int]) -> None:
     """Checks what the transformers' `create` functions have in common.
 

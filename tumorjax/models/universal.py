@@ -30,8 +30,9 @@ from jaxtyping import Array, Float
 from tumorjax.errors import UserError
 from tumorjax.models import swin_unetr, unet3d
 from tumorjax.models.layers import Conv, Fixed, GroupNorm, normal
+from tumorjax.models.rematerialization import run_block
 from tumorjax.models.transformer import Dense
-from tumorjax.models.unetr_blocks import refuse_deep_supervision, run_block
+from tumorjax.models.unetr_blocks import refuse_deep_supervision
 
 # For crops of 32^3 on a CPU.
 SMALL = {"width": 8}

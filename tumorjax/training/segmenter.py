@@ -20,6 +20,7 @@ from tumorjax.clock import Clock
 from tumorjax.data import augmentation, crops
 from tumorjax.errors import UserError
 from tumorjax.files import write_json_atomic
+from tumorjax.models import convolution
 from tumorjax.settings import plain
 from tumorjax.training import checkpoints, finetuning, loop, losses, schedules
 from tumorjax.volumes import Store, open_store
@@ -164,6 +165,7 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
         donate_argnums=0,
         in_shardings=(shardings, parallel.batch_sharding(mesh)),
         out_shardings=(shardings, parallel.replicated(mesh)),
+        compiler_options=convolution.compiler_options(),
     )
     return Segmenter(init, jitted, apply)
 
