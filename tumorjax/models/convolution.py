@@ -142,6 +142,8 @@ def _taps(x, size: int, step: int):
 
 
 def _planar(x, kernel, stride):
+    # Padded here and not by the convolution, whose gradient of the kernel would be slower.
+    x = jnp.pad(x, ((0, 0), (0, 0), *((n // 2, n // 2) for n in kernel.shape[1:3]), (0, 0)))
     taps = _taps(x, kernel.shape[0], stride[0])
     b, nx, ny, nz, c = taps.shape
     # [i, j, k, c, d] -> [j, k, i * c, d]: the channel order of the taps.
@@ -150,7 +152,7 @@ def _planar(x, kernel, stride):
         taps.reshape(b * nx, ny, nz, c),
         planar_kernel,
         stride[1:],
-        [(n // 2, n // 2) for n in kernel.shape[1:3]],
+        "VALID",
         dimension_numbers=_DIMENSIONS_2D,
     )
     return y.reshape(b, nx, *y.shape[1:])
