@@ -1,11 +1,11 @@
 """All networks at full size: parameters, FLOP, and what a training step takes on this machine.
 
-    python -m benchmarks.networks [--measure resenc_unet-M ...] [--batch 2]
+    python -m benchmarks.networks [--measure resenc_unet-M ...] [--batch 2] [--steps 2]
 
 One crop of 96^3 voxels, one channel, two classes. FLOP are those of the forward pass as lax counts
 them, a multiplication and an addition as two. With --measure, each named network (or `all`) runs in
 a process of its own: seconds from nothing to the first step's end (compilation), seconds of a step
-(forward, Dice + cross-entropy, backward, SGD; the better of two), and the process' peak memory.
+(forward, Dice + cross-entropy, backward, SGD; the best of `--steps`), and the process' peak memory.
 """
 
 import argparse
@@ -74,8 +74,8 @@ def count(row: str) -> tuple[float, float]:
     return size / 1e6, cost.get("flops", float("nan")) / 1e9
 
 
-def measure(row: str, batch: int) -> dict[str, float]:
-    """Trains three steps in this process."""
+def measure(row: str, batch: int, steps: int) -> dict[str, float]:
+    """Trains a step, and as many more as are told, in this process."""
     name, settings, _ = ROWS[row]
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((batch, *PATCH, 1)), jnp.float32)
@@ -93,7 +93,7 @@ def measure(row: str, batch: int) -> dict[str, float]:
     state = jax.block_until_ready(compiled(values, update.init(values)))
     first = time.perf_counter() - start
     seconds = []
-    for _ in range(2):
+    for _ in range(steps):
         start = time.perf_counter()
         state = jax.block_until_ready(compiled(*state))
         seconds.append(time.perf_counter() - start)
@@ -105,10 +105,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", nargs="*", default=[], help="rows, or `all`")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.batch)))
+        print(json.dumps(measure(arguments.one, arguments.batch, arguments.steps)))
         return
     chosen = list(ROWS) if arguments.measure == ["all"] else arguments.measure
     if unknown := sorted(set(chosen) - set(ROWS)):
@@ -122,7 +123,7 @@ def main() -> None:
         line = f"{row:18}{size:9.2f}{paper or '':>8}{flop:8.0f}"
         if row in chosen:
             command = [sys.executable, "-m", "benchmarks.networks", "--one", row]
-            command += ["--batch", str(arguments.batch)]
+            command += ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 line += f"  ended with {run.returncode}: {(run.stderr.strip() or '-')[-120:]}"
