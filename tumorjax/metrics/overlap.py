@@ -35,13 +35,26 @@ def as_masks(
     Raises:
         ValueError: the shapes differ.
     """
-    truth, prediction = as_mask(truth), as_mask(prediction)
-    if truth.shape != prediction.shape:
+    check_shapes(truth, prediction)
+    return as_mask(truth), as_mask(prediction)
+
+
+def check_shapes(
+    truth: Array | np.ndarray, prediction: Array | np.ndarray, ndim: int | None = None
+) -> None:
+    """Checks that two masks lie on the same grid, and that it has `ndim` axes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    shapes = np.shape(truth), np.shape(prediction)
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"truth has shape {truth.shape} and prediction {prediction.shape}. Both masks must lie"
+            f"truth has shape {shapes[0]} and prediction {shapes[1]}. Both masks must lie"
             " on the same grid"
         )
-    return truth, prediction
+    if ndim is not None and len(shapes[0]) != ndim:
+        raise ValueError(f"masks have shape {shapes[0]}. Expected [x, y, z]")
 
 
 def as_mask(mask: Array | np.ndarray) -> np.ndarray:
