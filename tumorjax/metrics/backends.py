@@ -22,9 +22,7 @@ def choose(backend: str, *arrays: Any) -> str:
     Raises:
         ValueError: the name is unknown.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}. Expected one of {', '.join(BACKENDS)}")
-    if backend != "auto":
+    if _check(backend) != "auto":
         return backend
     if any(on_accelerator(array) for array in arrays):
         return "device"
@@ -33,6 +31,22 @@ def choose(backend: str, *arrays: Any) -> str:
     import jax  # here, for worker processes do without
 
     return "host" if jax.default_backend() == "cpu" else "device"
+
+
+def choose_by_place(backend: str, *arrays: Any) -> str:
+    """As `choose`, but auto means device only where an array lies on an accelerator already.
+
+    For what the host is through with before masks would have arrived on another device.
+    """
+    if _check(backend) != "auto":
+        return backend
+    return "device" if any(on_accelerator(array) for array in arrays) else "host"
+
+
+def _check(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}. Expected one of {', '.join(BACKENDS)}")
+    return backend
 
 
 def on_accelerator(array: Any) -> bool:

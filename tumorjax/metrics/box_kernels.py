@@ -1,6 +1,7 @@
-"""Where the objects in a volume on an accelerator lie, and the crop about them.
+"""Volumes on an accelerator: where the objects in them lie, the crop about them, their voxels.
 
-These two programs, and no other of the metrics', are compiled for each shape of a volume.
+These programs are small, and compiled for each shape of a volume; all others of the metrics are
+compiled for few sizes of boxes.
 """
 
 import functools
@@ -51,3 +52,19 @@ def _crop(
         index = jnp.where(offset < box[1, axis], box[0, axis] + offset, volume.shape[axis])
         volume = jnp.take(volume, index, axis=axis, mode="fill", fill_value=0)
     return volume
+
+
+def voxel_counts(
+    first: Shaped[Array, "*shape"], second: Shaped[Array, "*shape"]
+) -> tuple[int, int, int]:
+    """Returns how many voxels are not zero in the first, in the second, and in both."""
+    one, two, both = np.asarray(_voxel_counts(first, second)).tolist()
+    return one, two, both
+
+
+@jax.jit
+def _voxel_counts(
+    first: Shaped[Array, "*shape"], second: Shaped[Array, "*shape"]
+) -> Int[Array, "3"]:
+    one, two = first != 0, second != 0
+    return jnp.stack([jnp.count_nonzero(mask) for mask in (one, two, one & two)])

@@ -228,11 +228,13 @@ def _element_distances(
     ) -> tuple[UInt8[Array, "2 x y z"], Float[Array, "2 x y z"]]:
         codes = jnp.stack([_codes(truth), _codes(prediction)])
         is_target = (codes[::-1] != 0) & (codes[::-1] != 255)
-        distances = jnp.where(is_target, 0.0, jnp.inf)
         # x, y, z: sums round as scipy's do. A sum does not fall where a term rises, rounded or
         # not, so that the least over one axis after the other is the least of all.
-        for axis, square in enumerate(squares):
-            distances = _least_along(distances, square, axis + 1, limits[axis])
+        steps = _steps_to_nearest(is_target)
+        size = truth.shape[0]
+        distances = jnp.where(steps < size, squares[0][jnp.minimum(steps, size - 1)], jnp.inf)
+        for axis in (1, 2):
+            distances = _least_along(distances, squares[axis], axis + 1, limits[axis])
         return codes, distances
 
     return jax.vmap(one)(truths, predictions, squares)
@@ -244,6 +246,15 @@ def _codes(mask: Bool[Array, "x y z"]) -> UInt8[Array, "x y z"]:
     pairs = (voxels[:, :, :-1] << 1) | voxels[:, :, 1:]
     fours = (pairs[:, :-1] << 2) | pairs[:, 1:]
     return (fours[:-1] << 4) | fours[1:]
+
+
+def _steps_to_nearest(is_target: Bool[Array, "two x y z"]) -> Int32[Array, "two x y z"]:
+    """Returns how many points along x the nearest target is away; many where there is none."""
+    index = lax.broadcasted_iota(jnp.int32, is_target.shape, 1)
+    many = is_target.shape[1]
+    before = lax.cummax(jnp.where(is_target, index, -many), axis=1)
+    after = lax.cummin(jnp.where(is_target, index, 2 * many), axis=1, reverse=True)
+    return jnp.minimum(index - before, after - index)
 
 
 def _least_along(
