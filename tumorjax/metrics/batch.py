@@ -22,9 +22,11 @@ from tumorjax.metrics.overlap import as_masks, check_shapes
 from tumorjax.metrics.surface import check_tolerance, near_counts, near_share
 from tumorjax.metrics.surface_elements import check_spacing
 
-# Voxels of the boxes that go through the kernels together, padding included: at some 100 bytes a
-# voxel for the components' pointers and labels, a few gigabytes.
-_BATCH_VOXELS = 1 << 25
+# How many pairs go through the kernels together; a program is compiled for each, so there are few.
+_BATCHES = (1, 4, 16, 64)
+# Voxels of a batch's boxes at most: at some 100 bytes a voxel for the components' pointers and
+# labels, a few gigabytes. A single pair may have more.
+_VOXELS = 1 << 25
 
 Mask = Bool[Array, "x y z"] | Bool[np.ndarray, "x y z"]
 
@@ -181,25 +183,31 @@ def _on_host(pairs: Iterator[tuple[int, _Pair]], connectivity: int) -> _Measured
         yield number, pair, table, near_share(counts, pair.spacing)
 
 
+_Crop = tuple[int, _Pair, tuple[int, int, int]]
+
+
 def _on_device(pairs: Iterator[tuple[int, _Pair]], connectivity: int) -> _Measured:
-    waiting = defaultdict(list)
+    waiting: defaultdict[tuple[int, ...], list[_Crop]] = defaultdict(list)
     for number, pair in pairs:
         crop = padded_pair(pair.truth, pair.prediction)
         if crop is None:
             yield number, pair, empty_table(), float("nan")
             continue
-        group = waiting[crop[0].shape]
+        *masks, shape = crop
+        size = masks[0].shape
         # A pair's own arrays are let go, whole volumes as they may be.
-        group.append((number, pair._replace(truth=crop[0], prediction=crop[1]), crop[2]))
-        if (len(group) + 1) * crop[0].size > _BATCH_VOXELS:
-            yield from _together(waiting.pop(crop[0].shape), connectivity)
+        waiting[size].append((number, pair._replace(truth=masks[0], prediction=masks[1]), shape))
+        largest = max(count for count in _BATCHES if count == 1 or count * masks[0].size <= _VOXELS)
+        if len(waiting[size]) == largest:
+            yield from _together(waiting.pop(size), connectivity)
     for group in waiting.values():
-        yield from _together(group, connectivity)
+        while group:
+            count = max(count for count in _BATCHES if count <= len(group))
+            yield from _together(group[:count], connectivity)
+            del group[:count]
 
 
-def _together(
-    group: Sequence[tuple[int, _Pair, tuple[int, int, int]]], connectivity: int
-) -> _Measured:
+def _together(group: Sequence[_Crop], connectivity: int) -> _Measured:
     from tumorjax.metrics import surface_kernels
 
     numbers, pairs, shapes = zip(*group, strict=True)
@@ -210,7 +218,7 @@ def _together(
         truths, predictions, spacings, [pair.minimum for pair in pairs], connectivity
     )
     counts = surface_kernels.near_counts(truths, kept, shapes, spacings, limits)
-    for number, pair, table, count in zip(numbers, pairs, tables, counts, strict=False):
+    for number, pair, table, count in zip(numbers, pairs, tables, counts, strict=True):
         if table is None:
             yield from _on_host(iter([(number, pair)]), connectivity)
         else:
@@ -218,16 +226,11 @@ def _together(
 
 
 def _stacked(masks: Sequence[Array | np.ndarray]) -> Array | np.ndarray:
-    """Returns masks as a batch of a power of two, the rest of it empty."""
-    size = 1 << (len(masks) - 1).bit_length()
-    if on_accelerator(masks[0]):
-        import jax.numpy as jnp
+    if not on_accelerator(masks[0]):
+        return np.stack([np.asarray(mask) for mask in masks])
+    import jax.numpy as jnp
 
-        return jnp.stack([*masks, *[jnp.zeros_like(masks[0])] * (size - len(masks))])
-    batch = np.zeros((size, *masks[0].shape), bool)
-    for row, mask in zip(batch, masks, strict=False):
-        row[:] = mask
-    return batch
+    return jnp.stack(masks)
 
 
 def _is_any(

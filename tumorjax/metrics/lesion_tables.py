@@ -85,7 +85,7 @@ def device_tables(
     Args:
         truths: masks, each in its box.
         predictions: masks.
-        spacings: voxel sizes (x, y, z), mm, of as many pairs as are wanted; others are padding.
+        spacings: voxel size (x, y, z) of each pair, mm.
         minimum: for each pair, candidates of fewer voxels are dropped first.
         connectivity: 6, 18 or 26.
 
@@ -95,8 +95,7 @@ def device_tables(
     """
     from tumorjax.metrics import component_kernels, detection_kernels
 
-    smallest = np.ones(len(truths), np.int32)
-    smallest[: len(minimum)] = np.ceil(minimum)
+    smallest = np.ceil(minimum).astype(np.int32)
     steps = np.int32(component_kernels.STEPS)
     lesions, candidates, counts, done = detection_kernels.label_pairs(
         truths, predictions, smallest, connectivity, steps

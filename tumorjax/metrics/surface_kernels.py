@@ -37,8 +37,6 @@ def near_counts(
         spacings: (x, y, z) of each pair, mm.
         tolerance_mm: the tolerance of each pair, mm.
 
-    The batch may hold more masks than there are shapes; the counts of those mean nothing.
-
     Returns:
         For each pair, of truth's elements and of prediction's: how many there are of each code, and
         how many of these lie within the tolerance of the other's.
@@ -53,12 +51,12 @@ def near_counts(
     window = next(size for size in _WINDOWS if size >= widest)
     # All offsets of the window, and a step for each voxel that the reach can rise by.
     length = (2 * window + 1) ** 2 + truths.shape[3]
-    steps = np.zeros((len(truths), length, 4), np.int32)
-    for row, each in zip(steps, lists, strict=False):
+    steps = np.zeros((len(lists), length, 4), np.int32)
+    for row, each in zip(steps, lists, strict=True):
         row[: len(each)] = each
     n_steps = np.int32(max(map(len, lists)))
     counts = np.array(_near_counts(truths, predictions, steps, n_steps, window))
-    for pair, limit, everything in zip(counts, tolerance_mm, spanned, strict=False):
+    for pair, limit, everything in zip(counts, tolerance_mm, spanned, strict=True):
         # Even an empty surface is within an infinite tolerance.
         if everything and (np.isinf(limit) or pair[:, 0].any(axis=1).all()):
             pair[:, 1] = pair[:, 0]
@@ -198,7 +196,6 @@ def element_distances(
         np.stack([(np.arange(points, dtype=np.float64) * step) ** 2 for step in steps])
         for points, steps in zip(size, np.array(spacings).T, strict=True)
     ]
-    squares = [np.resize(square, (len(truths), square.shape[1])) for square in squares]
     limits = np.max(shapes, axis=0).astype(np.int32) + 1
     with _double_precision():
         codes, distances = _element_distances(truths, predictions, squares, limits)
