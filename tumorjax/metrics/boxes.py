@@ -70,9 +70,9 @@ def common_box(*volumes: Array | np.ndarray) -> Box | None:
     """As `bounding_box`, for volumes on the host or on an accelerator, where each is looked at."""
     if not any(on_accelerator(volume) for volume in volumes):
         return bounding_box(*(np.asarray(volume) for volume in volumes))
-    from tumorjax.metrics import box_kernels
+    from tumorjax.metrics import volume_kernels
 
-    low, high = np.array([box_kernels.extent(volume) for volume in volumes]).transpose(1, 0, 2)
+    low, high = np.array([volume_kernels.extent(volume) for volume in volumes]).transpose(1, 0, 2)
     first, last = low.min(axis=0), high.max(axis=0)
     return None if (first >= last).any() else _slices(first, last)
 
@@ -83,9 +83,9 @@ def padded_crop(
     """Returns the box of a volume at the low corner of an array of `size`, zeros around it."""
     part = _shape(box)
     if on_accelerator(volume):
-        from tumorjax.metrics import box_kernels
+        from tumorjax.metrics import volume_kernels
 
-        return box_kernels.crop(volume, [side.start for side in box], part, tuple(size))
+        return volume_kernels.crop(volume, [side.start for side in box], part, tuple(size))
     crop = np.asarray(volume)[box]
     out = np.zeros(tuple(size), crop.dtype)
     out[: part[0], : part[1], : part[2]] = crop

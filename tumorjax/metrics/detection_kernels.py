@@ -4,9 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, UInt
+from jaxtyping import Array, Bool, Int32, UInt
 
 from tumorjax.metrics import component_kernels as components
 
@@ -154,24 +153,6 @@ def froc_counts(
     start = jnp.zeros((2, length), jnp.int32), done
     counts, done = lax.fori_loop(jnp.int32(0), n_levels, level, start)
     return counts, (truth & (lesion == index)).sum(), done
-
-
-@jax.jit
-def probability_levels(
-    probability: Float[Array, "x y z"], thresholds: Float[Array, " thresholds"]
-) -> Int32[Array, "x y z"]:
-    """Returns how many thresholds each probability reaches; the thresholds ascend."""
-    reached = jnp.zeros(probability.shape, jnp.int32)
-    wide = probability.astype(jnp.promote_types(probability.dtype, jnp.float32))
-    return lax.fori_loop(
-        0, len(thresholds), lambda n, count: count + (wide >= thresholds[n]), reached
-    )
-
-
-def single_precision(thresholds: Float[np.ndarray, " thresholds"]) -> np.ndarray:
-    """Returns the thresholds in single precision, rounded up: what reaches them stays the same."""
-    single = thresholds.astype(np.float32)
-    return np.where(single < thresholds, np.nextafter(single, np.float32(np.inf)), single)
 
 
 def _without_small(

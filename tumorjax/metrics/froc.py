@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from tumorjax.metrics.backends import choose, on_accelerator
 from tumorjax.metrics.boxes import bounding_box, bucket, common_box, padded_crop
 from tumorjax.metrics.components import check_connectivity, label_components, warn_of_bound
+from tumorjax.metrics.lesion_tables import smallest_count
 from tumorjax.metrics.overlap import as_mask
 
 # Even steps, closer at both ends, where a well-trained network has most of its voxels.
@@ -149,11 +150,10 @@ def _on_device(
     minimum: float,
 ) -> Froc | None:
     """Returns one scan's counts, or None where the components need the host."""
-    from tumorjax.metrics import component_kernels, detection_kernels
+    from tumorjax.metrics import component_kernels, detection_kernels, volume_kernels
 
     if on_accelerator(probability):
-        single = detection_kernels.single_precision(thresholds)
-        levels = detection_kernels.probability_levels(probability, single)
+        levels = volume_kernels.probability_levels(probability, thresholds)
     else:
         levels = _levels(np.asarray(probability), thresholds)
     box = common_box(truth, levels)
@@ -166,7 +166,7 @@ def _on_device(
         padded_crop(truth, box, size) != 0,
         padded_crop(levels, box, size),
         np.int32(len(thresholds)),
-        np.int32(np.ceil(minimum)),
+        smallest_count(minimum),
         connectivity,
         np.int32(steps),
         length=1 << int(len(thresholds) - 1).bit_length(),

@@ -95,7 +95,7 @@ def device_tables(
     """
     from tumorjax.metrics import component_kernels, detection_kernels
 
-    smallest = np.ceil(minimum).astype(np.int32)
+    smallest = smallest_count(minimum)
     steps = np.int32(component_kernels.STEPS)
     lesions, candidates, counts, done = detection_kernels.label_pairs(
         truths, predictions, smallest, connectivity, steps
@@ -128,6 +128,11 @@ def device_tables(
                 )
             )
     return tables, candidates > 0
+
+
+def smallest_count(minimum: float | Sequence[float]) -> Int32[np.ndarray, "*n"]:
+    """Returns the least whole number that is not below a minimum; a kernel compares with it."""
+    return np.minimum(np.ceil(minimum), np.iinfo(np.int32).max).astype(np.int32)
 
 
 def _count(

@@ -27,9 +27,9 @@ def dice(
     """
     check_shapes(truth, prediction)
     if choose_by_place(backend, truth, prediction) == "device":
-        from tumorjax.metrics import box_kernels
+        from tumorjax.metrics import volume_kernels
 
-        first, second, both = box_kernels.voxel_counts(truth, prediction)
+        first, second, both = volume_kernels.voxel_counts(truth, prediction)
     else:
         truth, prediction = as_mask(truth), as_mask(prediction)
         first, second = np.count_nonzero(truth), np.count_nonzero(prediction)

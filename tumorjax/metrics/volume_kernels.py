@@ -1,4 +1,4 @@
-"""Volumes on an accelerator: where the objects in them lie, the crop about them, their voxels.
+"""Whole volumes on an accelerator: where objects lie, the crop about them, counts and thresholds.
 
 These programs are small, and compiled for each shape of a volume; all others of the metrics are
 compiled for few sizes of boxes.
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
 
 
 def extent(mask: Shaped[Array, "x y z"]) -> Int[np.ndarray, "2 3"]:
@@ -68,3 +69,26 @@ def _voxel_counts(
 ) -> Int[Array, "3"]:
     one, two = first != 0, second != 0
     return jnp.stack([jnp.count_nonzero(mask) for mask in (one, two, one & two)])
+
+
+def probability_levels(
+    probability: Float[Array, "x y z"], thresholds: Float[np.ndarray, " thresholds"]
+) -> Int[Array, "x y z"]:
+    """Returns how many thresholds each probability reaches; the thresholds ascend."""
+    if probability.dtype != np.float64:
+        # Rounded up, so that what reaches them stays the same.
+        single = thresholds.astype(np.float32)
+        up = np.nextafter(single, np.float32(np.inf))
+        thresholds = np.where(single < thresholds, up, single)
+    return _probability_levels(probability, thresholds)
+
+
+@jax.jit
+def _probability_levels(
+    probability: Float[Array, "x y z"], thresholds: Float[Array, " thresholds"]
+) -> Int[Array, "x y z"]:
+    reached = jnp.zeros(probability.shape, jnp.int32)
+    wide = probability.astype(thresholds.dtype)
+    return lax.fori_loop(
+        0, len(thresholds), lambda n, count: count + (wide >= thresholds[n]), reached
+    )
