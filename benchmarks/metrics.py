@@ -1,11 +1,11 @@
 """Masks compared: Dice, normalized surface Dice, components and matched lesions, beside the peers.
 
-    python -m benchmarks.metrics [--rounds 5] [--skip-device]
+    python -m benchmarks.metrics [--rounds 5] [--only case|masks] [--skip-kernels]
 
 Two measurements:
 
-    one case     a scan of 512x512x200 voxels with kidneys and tumours; both classes
-    24 masks     24 scans' tumours in one go, each volume of its own size
+    case     a scan of 512x512x200 voxels with kidneys and tumours; both classes
+    masks    24 scans' tumours in one go, each volume of its own size
 
 Truths are the masks of KiTS19 in ../shared/data, or where TUMORJAX_DATA points (the scan has its
 slices repeated to 200); without them, shapes of the program's own. Predictions are made of them
@@ -259,17 +259,21 @@ def measure(title: str, functions: dict[str, Callable[[], list[tuple]]], rounds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip-device", action="store_true")
+    parser.add_argument("--only", choices=("case", "masks"))
+    parser.add_argument("--skip-kernels", action="store_true")
     options = parser.parse_args()
     setattr(np, "Inf", np.inf)  # noqa: B010  a name that surface-distance 0.1 uses, gone in numpy 2
     folder = Path(os.environ.get("TUMORJAX_DATA", DATA)) / "kits19"
     scans = real_scans(folder) if folder.is_dir() else made_up_scans()
     source = "KiTS19" if folder.is_dir() else "made-up shapes"
-    case, kernels = scans[0], not options.skip_device
+    case, kernels = scans[0], not options.skip_kernels
     shape = "x".join(map(str, case.truth.shape))
     print(f"{source}, {jax.default_backend()}, {os.cpu_count()} cores")
-    measure(f"one case, {shape}, {len(CLASSES)} classes", case_rows(case, kernels), options.rounds)
-    measure(f"{len(scans)} masks", mask_rows(scans, kernels), options.rounds)
+    if options.only != "masks":
+        title = f"one case, {shape}, {len(CLASSES)} classes"
+        measure(title, case_rows(case, kernels), options.rounds)
+    if options.only != "case":
+        measure(f"{len(scans)} masks", mask_rows(scans, kernels), options.rounds)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from jaxtyping import Array, Bool, Shaped
 
 from tumorjax.metrics.backends import on_accelerator
 
-# Kernels are compiled for boxes of these sizes only. Powers of two: the largest part of a box is
-# padding at worst, half of it on average along an axis, and with up to 1024 voxels an axis there
-# are few of them. Along z, where masks are packed into words, they begin at one word of 32 bits.
+# Kernels are compiled for boxes of powers of two only, from these sizes on; along z, where masks
+# are packed into words, from one word of 32 bits. At worst padding doubles an axis, but up to 1024
+# voxels there are no more than 7 sizes for it.
 _SMALLEST = (16, 16, 32)
 
 Box = tuple[slice, slice, slice]

@@ -45,8 +45,8 @@ __all__ = [
 _DENSE = 0.15
 
 # How many words the packed way may touch for each surface element before looking up distances is
-# cheaper: measured on kidneys, where both take the same time at a tolerance of some 30 voxels.
-_WORDS_PER_ELEMENT = 1000
+# cheaper: measured on two kidneys, where both take the same time at a tolerance of 20 mm.
+_WORDS_PER_ELEMENT = 1500
 
 
 def normalized_surface_dice(
@@ -150,7 +150,8 @@ def _near(
             np.full(counts[side], counts[1 - side] > 0 or np.isinf(tolerance)) for side in (0, 1)
         ]
     reach = tolerances.reach_table(spacing, tolerance, surfaces[0].shape)
-    words = 4 * np.count_nonzero(reach >= 0) * (surfaces[0].size // 32)
+    # Words of 64 points, both ways; four offsets for each entry of the table, but on the axes.
+    words = 4 * np.count_nonzero(reach >= 0) * surfaces[0].size / 32
     if words > _WORDS_PER_ELEMENT * sum(counts):
         return [
             _distances(surfaces[side], surfaces[1 - side], spacing, tolerance) <= tolerance
