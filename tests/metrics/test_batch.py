@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -179,34 +178,24 @@ def test_auto_means_the_host_on_a_cpu_and_the_device_where_masks_are(rng):
         backends.choose("cuda")
 
 
-def test_all_real_tumours_in_one_go_have_the_numbers_of_each_alone(real_data):
-    truths, predictions, spacings = [], [], []
-    for path in sorted((real_data / "kits19").glob("case_*.nii.gz")):
-        image = nib.load(path)
-        mask = np.asarray(image.dataobj) == 2
-        truths.append(mask[bounding_box(mask)])
-        predictions.append(np.roll(truths[-1], (0, 2, -1), axis=(0, 1, 2)))
-        spacings.append([float(size) for size in image.header.get_zooms()])
-    assert len(truths) == 24
-    results = compare_masks(truths, predictions, spacings)
-    for truth, prediction, spacing, result in zip(
-        truths, predictions, spacings, results, strict=True
-    ):
-        assert result.dice == dice(truth, prediction)
-        assert result.nsd == normalized_surface_dice(truth, prediction, spacing)
-        assert len(result.match.detected) == len(match_lesions(truth, truth, spacing).detected)
+def real_pairs(kits19):
+    truths = [labels == 2 for labels, _ in kits19]
+    predictions = [np.roll(truth, (0, 2, -1), axis=(0, 1, 2)) for truth in truths]
+    return truths, predictions, [spacing for _, spacing in kits19]
+
+
+def test_all_real_tumours_in_one_go_have_the_numbers_of_each_alone(kits19):
+    cases = real_pairs(kits19)
+    for *pair, spacing, result in zip(*cases, compare_masks(*cases), strict=True):
+        assert result.dice == dice(*pair)
+        assert result.nsd == normalized_surface_dice(*pair, spacing)
+        for one, other in zip(result.match, match_lesions(*pair, spacing), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
-def test_all_real_tumours_are_compared_alike_on_both_backends(real_data):
-    truths, predictions, spacings = [], [], []
-    for path in sorted((real_data / "kits19").glob("case_*.nii.gz")):
-        image = nib.load(path)
-        truths.append(np.asarray(image.dataobj) == 2)
-        predictions.append(np.roll(truths[-1], (0, 2, -1), axis=(0, 1, 2)))
-        spacings.append([float(size) for size in image.header.get_zooms()])
-    results = [
-        compare_masks(truths, predictions, spacings, backend=backend) for backend in BACKENDS
-    ]
+def test_all_real_tumours_are_compared_alike_on_both_backends(kits19):
+    cases = real_pairs(kits19)
+    results = [compare_masks(*cases, backend=backend) for backend in BACKENDS]
     for host, device in zip(*results, strict=True):
         same(host, device)

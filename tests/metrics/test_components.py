@@ -3,7 +3,6 @@ import logging
 
 import cc3d
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,6 @@ from scipy import ndimage
 
 from tumorjax.metrics import component_kernels
 from tumorjax.metrics.components import label_components, remove_small
-from tumorjax.metrics.surface import bounding_box
 
 # scipy's connectivity: how many axes a neighbour may differ in.
 RANK = {6: 1, 18: 2, 26: 3}
@@ -162,12 +160,9 @@ def test_a_mask_without_voxels_or_objects_has_no_component(backend):
     assert label_components(np.zeros((0, 4, 5), bool), backend=backend)[1] == 0
 
 
-def test_all_real_tumours_are_split_as_scipy_splits_them(real_data):
-    paths = sorted((real_data / "kits19").glob("case_*.nii.gz"))
-    assert len(paths) == 24
-    for path in paths:
-        mask = np.asarray(nib.load(path).dataobj) == 2
-        mask = mask[bounding_box(mask)]
+def test_all_real_tumours_are_split_as_scipy_splits_them(kits19):
+    for case, _ in kits19:
+        mask = case == 2
         labels, count = label_components(mask)
         expected, expected_count = ndimage.label(mask, np.ones((3, 3, 3)))
         assert count == expected_count
@@ -176,11 +171,10 @@ def test_all_real_tumours_are_split_as_scipy_splits_them(real_data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("connectivity", [6, 26])
-def test_all_real_kidneys_are_split_alike_on_both_backends(real_data, connectivity):
-    for path in sorted((real_data / "kits19").glob("case_*.nii.gz")):
-        mask = np.asarray(nib.load(path).dataobj) > 0
-        expected, expected_count = label_components(mask, connectivity, "host")
-        labels, count = label_components(mask, connectivity, "device")
+def test_all_real_kidneys_are_split_alike_on_both_backends(kits19, connectivity):
+    for case, _ in kits19:
+        expected, expected_count = label_components(case > 0, connectivity, "host")
+        labels, count = label_components(case > 0, connectivity, "device")
         assert count == expected_count
         np.testing.assert_array_equal(labels, expected)
 

@@ -18,7 +18,11 @@ def label_pairs(
     connectivity: int,
     steps: Int32[Array, ""],
 ) -> tuple[
-    Int32[Array, "b x y z"], Int32[Array, "b x y z"], Int32[Array, "b 2"], Bool[Array, " b"]
+    Int32[Array, "b x y z"],
+    Int32[Array, "b x y z"],
+    Bool[Array, "b x y z"],
+    Int32[Array, "b 2"],
+    Bool[Array, " b"],
 ]:
     """Numbers the components of truths and of predictions, small ones of the latter dropped.
 
@@ -30,7 +34,8 @@ def label_pairs(
         steps: how many the components may take.
 
     Returns:
-        Lesions and candidates as labels, their counts, and whether the steps were enough.
+        Lesions and candidates as labels, the predictions that are left, the counts of both, and
+        whether the steps were enough.
     """
 
     def one(truth: Array, prediction: Array, minimum: Array) -> tuple[Array, ...]:
@@ -40,7 +45,7 @@ def label_pairs(
         lesions, n_lesions = components.numbered(truth, lesion)
         candidates, n_candidates = components.numbered(prediction, candidate)
         counts = jnp.stack([n_lesions, n_candidates])
-        return lesions, candidates, counts, lesions_done & candidates_done
+        return lesions, candidates, prediction, counts, lesions_done & candidates_done
 
     return jax.vmap(one)(truths, predictions, minimum)
 

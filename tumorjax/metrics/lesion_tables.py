@@ -97,7 +97,7 @@ def device_tables(
 
     smallest = smallest_count(minimum)
     steps = np.int32(component_kernels.STEPS)
-    lesions, candidates, counts, done = detection_kernels.label_pairs(
+    lesions, candidates, kept, counts, done = detection_kernels.label_pairs(
         truths, predictions, smallest, connectivity, steps
     )
     counts, done = np.asarray(counts), np.asarray(done)
@@ -127,7 +127,7 @@ def device_tables(
                     longest_of_chords(chords[index, :n_lesions], spacing),
                 )
             )
-    return tables, candidates > 0
+    return tables, kept
 
 
 def smallest_count(minimum: float | Sequence[float]) -> Int32[np.ndarray, "*n"]:
