@@ -152,12 +152,15 @@ def _pairs(
     minimum_mm3: float,
 ) -> Iterator[_Pair]:
     rest: list[Iterable] = [truths, predictions, spacings]
+    common = None
     if isinstance(tolerances, Iterable):
         rest.append(tolerances)
+    else:
+        common = tolerances
     for truth, prediction, spacing, *limit in zip(*rest, strict=True):
         check_shapes(truth, prediction, ndim=3)
         voxel = check_spacing(spacing)
-        tolerance = check_tolerance(limit[0] if limit else tolerances)
+        tolerance = check_tolerance(limit[0] if common is None else common)
         yield _Pair(truth, prediction, voxel, tolerance, minimum_mm3 / float(np.prod(voxel)))
 
 
@@ -193,11 +196,11 @@ def _on_device(pairs: Iterator[tuple[int, _Pair]], connectivity: int) -> _Measur
         if crop is None:
             yield number, pair, empty_table(), float("nan")
             continue
-        *masks, shape = crop
-        size = masks[0].shape
+        truth, prediction, shape = crop
+        size = truth.shape
         # A pair's own arrays are let go, whole volumes as they may be.
-        waiting[size].append((number, pair._replace(truth=masks[0], prediction=masks[1]), shape))
-        largest = max(count for count in _BATCHES if count == 1 or count * masks[0].size <= _VOXELS)
+        waiting[size].append((number, pair._replace(truth=truth, prediction=prediction), shape))
+        largest = max(count for count in _BATCHES if count == 1 or count * truth.size <= _VOXELS)
         if len(waiting[size]) == largest:
             yield from _together(waiting.pop(size), connectivity)
     for group in waiting.values():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from tumorjax.metrics.backends import on_accelerator
 
@@ -97,7 +97,7 @@ def _shape(box: Box) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _slices(first: Sequence[int], last: Sequence[int]) -> Box:
+def _slices(first: Int[np.ndarray, "3"], last: Int[np.ndarray, "3"]) -> Box:
     x, y, z = (slice(int(start), int(stop)) for start, stop in zip(first, last, strict=True))
     return x, y, z
 

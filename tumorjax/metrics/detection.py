@@ -99,7 +99,7 @@ def match_lesions(
     check_connectivity(connectivity)
     check_shapes(truth, prediction, ndim=3)
     minimum = minimum_mm3 / float(np.prod(spacing))
-    table = None
+    table: LesionTable | None = None
     if choose(backend, truth, prediction) == "device":
         pair = padded_pair(truth, prediction)
         if pair is None:

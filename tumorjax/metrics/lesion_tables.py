@@ -104,27 +104,28 @@ def device_tables(
     capacity = next((size for size in _CAPACITIES if size >= counts.max()), None)
     rows = len(truths) * truths.shape[1] * truths.shape[3]
     if capacity is not None and capacity * rows <= _MOST_ROWS:
-        counted = detection_kernels.tables(lesions, candidates, capacity)
-        overlap, sizes, chords = (np.asarray(array) for array in counted)
+        arrays = detection_kernels.tables(lesions, candidates, capacity)
+        counted = [np.asarray(array) for array in arrays]
     else:
-        overlap = sizes = chords = None
+        counted = None
     tables: list[LesionTable | None] = []
     for index, spacing in enumerate(spacings):
         n_lesions, n_candidates = (int(count) for count in counts[index])
         if not done[index]:
             warn_of_bound(int(steps))
             tables.append(None)
-        elif overlap is None:
+        elif counted is None:
             labels = np.asarray(lesions[index]), np.asarray(candidates[index])
             tables.append(_count(labels[0], n_lesions, labels[1], n_candidates, spacing))
         else:
-            pair = np.nonzero(overlap[index])
+            overlap, sizes, chords = (array[index] for array in counted)
+            pair = np.nonzero(overlap)
             tables.append(
                 LesionTable(
-                    sizes[index, 0, :n_lesions].astype(np.int64),
-                    sizes[index, 1, :n_candidates].astype(np.int64),
-                    np.stack([*pair, overlap[index][pair]], axis=1).astype(np.int64),
-                    longest_of_chords(chords[index, :n_lesions], spacing),
+                    sizes[0, :n_lesions].astype(np.int64),
+                    sizes[1, :n_candidates].astype(np.int64),
+                    np.stack([*pair, overlap[pair]], axis=1).astype(np.int64),
+                    longest_of_chords(chords[:n_lesions], spacing),
                 )
             )
     return tables, kept

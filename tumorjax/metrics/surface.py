@@ -83,9 +83,8 @@ def normalized_surface_dice(
         pair = padded_pair(truth, prediction)
         if pair is None:
             return float("nan")
-        *masks, shape = pair
         counts = surface_kernels.near_counts(
-            *(mask[None] for mask in masks), [shape], [voxel], [tolerance]
+            pair[0][None], pair[1][None], [pair[2]], [voxel], [tolerance]
         )[0]
     else:
         truth, prediction = as_masks(truth, prediction)
@@ -250,8 +249,7 @@ def surface_distances(
         pair = padded_pair(truth, prediction)
         if pair is None:
             return empty, empty, empty, empty
-        *masks, shape = pair
-        batch = surface_kernels.element_distances(*(mask[None] for mask in masks), [shape], [voxel])
+        batch = surface_kernels.element_distances(pair[0][None], pair[1][None], [pair[2]], [voxel])
         codes, squared = batch[0][0], batch[1][0]
         surfaces = is_surface(codes)
         return (

@@ -206,7 +206,7 @@ def _double_precision() -> AbstractContextManager:
     """Returns a context in which programs may compute in double precision."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # where it was before JAX 0.8
+    from jax.experimental import enable_x64  # type: ignore[attr-defined]  # before JAX 0.8
 
     return enable_x64(True)
 
