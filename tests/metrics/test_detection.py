@@ -5,20 +5,39 @@ import csv
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 from scipy.spatial.distance import pdist
 
+from tumorjax.metrics import component_kernels, detection, lesion_tables
 from tumorjax.metrics.detection import (
     add_froc,
-    froc,
     is_early,
     longest_inplane,
-    match_lesions,
     operating_point,
     size_group,
     sphere_radius,
 )
 
 SPACING = (1.0, 1.0, 2.0)
+
+
+def match_lesions(*args, **settings):
+    """As the host finds it, and the kernels the same."""
+    match = detection.match_lesions(*args, **settings, backend="host")
+    on_device = detection.match_lesions(*args, **settings, backend="device")
+    for name, expected, found in zip(match._fields, match, on_device, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg=name)
+        assert found.dtype == expected.dtype
+    return match
+
+
+def froc(truths, probabilities, spacings, *args, **settings):
+    scans = list(zip(truths, probabilities, spacings, strict=True))
+    curve = detection.froc(*map(iter, zip(*scans, strict=True)), *args, **settings, backend="host")
+    on_device = detection.froc(*zip(*scans, strict=True), *args, **settings, backend="device")
+    for expected, found in zip(curve, on_device, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    return curve
 
 
 def volume(*boxes, shape=(40, 12, 12)):
@@ -259,8 +278,6 @@ def test_froc_of_scans_one_at_a_time_adds_up():
 
 
 def test_froc_agrees_with_matching_at_every_threshold(rng):
-    from scipy import ndimage
-
     truth = ndimage.gaussian_filter(rng.standard_normal((24, 24, 24)), 2) > 0.08
     noise = ndimage.gaussian_filter(rng.standard_normal((24, 24, 24)), 1.5)
     probability = (noise - noise.min()) / (noise.max() - noise.min())
@@ -281,3 +298,52 @@ def test_froc_without_lesions_has_no_sensitivity_and_no_operating_point():
     assert operating_point(curve) is None
     with pytest.raises(ValueError, match="shape"):
         froc([TRUTH[1:]], probabilities[:1], [SPACING])
+
+
+@pytest.mark.parametrize("rule", ["any", "fraction", "iou"])
+@pytest.mark.parametrize("connectivity", [6, 18, 26])
+def test_hundreds_of_lesions_are_matched_alike_on_both_backends(rng, rule, connectivity):
+    noise = ndimage.gaussian_filter(rng.standard_normal((2, 15, 15, 31)), (0, 0.6, 0.6, 0.6))
+    truth, prediction = noise > 1.6 * noise.std()
+    prediction |= truth & (rng.random(truth.shape) < 0.4)
+    match = match_lesions(
+        truth, prediction, (0.7, 1.1, 3.0), rule, None, connectivity, minimum_mm3=5.0
+    )
+    assert len(match.detected) > 20
+    assert 0 < match.detected.sum() < len(match.detected)
+    assert match.false_positive.any()
+
+
+def test_more_lesions_than_any_table_holds_are_counted_on_the_host(rng, monkeypatch):
+    truth, prediction = rng.random((2, 15, 15, 31)) < 0.03
+    expected = match_lesions(truth, prediction, SPACING)
+    monkeypatch.setattr(lesion_tables, "_CAPACITIES", (4,))
+    for one, other in zip(match_lesions(truth, prediction, SPACING), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_where_the_steps_are_not_enough_the_host_takes_over(rng, monkeypatch, caplog):
+    truth = ndimage.gaussian_filter(rng.standard_normal((15, 15, 31)), 1) > 0
+    monkeypatch.setattr(component_kernels, "STEPS", 0)
+    match = match_lesions(truth, truth, SPACING)
+    assert match.detected.all()
+    assert "not all found in 0 steps" in caplog.text
+    caplog.clear()
+    probability = rng.random(truth.shape).astype(np.float32)
+    assert froc([truth], [probability], [SPACING]).n_lesions == len(match.detected)
+    assert "not all found in 0 steps" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_froc_reads_probabilities_of_any_precision_alike(rng, dtype):
+    # Probabilities at the thresholds, and one step of the precision above and below them.
+    thresholds = (0.1, 0.3, 0.6, 0.7)
+    at = np.array(thresholds, dtype)
+    values = np.concatenate([at, np.nextafter(at, dtype(0)), np.nextafter(at, dtype(1))])
+    probability = rng.choice(values, (15, 15, 31))
+    probability[rng.random(probability.shape) < 0.9] = 0
+    truth = ndimage.gaussian_filter(rng.standard_normal(probability.shape), 1) > 0.2
+    curve = froc([truth], [probability], [SPACING], thresholds)
+    for threshold, false in zip(curve.thresholds, curve.false_positives, strict=True):
+        match = match_lesions(truth, probability.astype(np.float64) >= threshold, SPACING)
+        assert match.false_positive.sum() == false
