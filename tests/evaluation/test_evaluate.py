@@ -20,7 +20,7 @@ from configs.evaluation import get_config
 from tumorjax import volumes
 from tumorjax.anatomy import LABELS
 from tumorjax.errors import UserError
-from tumorjax.evaluation import evaluate
+from tumorjax.evaluation import evaluate, measure
 from tumorjax.evaluation.masks import read_labels, read_pair
 from tumorjax.files import read_csv
 from tumorjax.metrics.overlap import dice
@@ -142,9 +142,9 @@ def test_a_second_run_computes_only_what_changed(study, monkeypatch, capsys):
     study.run()
     tables = [path.read_bytes() for path in sorted((study.folder / "work").glob("*.*"))]
     calls = []
-    read = evaluate.read_pair
+    read = measure.read_pair
     monkeypatch.setattr(
-        evaluate, "read_pair", lambda *paths: calls.append(paths[0].name) or read(*paths)
+        measure, "read_pair", lambda *paths: calls.append(paths[0].name) or read(*paths)
     )
     assert study.run() == 0
     assert not calls
@@ -423,7 +423,7 @@ def network(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(checkpoints, "load_model", lambda folder: (apply, trained))
     config = get_config()
     config.checkpoint, config.data.store = str(tmp_path / "trained"), url
-    config.split = "id"
+    config.split, config.workers = "id", 1
     return config, trained, tmp_path / "work"
 
 

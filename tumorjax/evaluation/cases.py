@@ -61,13 +61,14 @@ def evaluate_case(
         ValueError: shapes differ.
         UserError: a setting is not usable.
     """
+    tumors = anatomy.tumor_classes(classes)
     return evaluate_tumors(
         truth,
         prediction,
         spacing,
-        anatomy.tumor_classes(classes),
+        tumors,
         complete_settings(settings),
-        probabilities,
+        None if probabilities is None else tumor_scores(probabilities, tumors),
         {"case": case, "patient": patient or case, "split": split},
     )
 
@@ -78,13 +79,19 @@ def evaluate_tumors(
     spacing: Sequence[float],
     tumors: Mapping[str, int | Sequence[int]],
     settings: Mapping[str, Any],
-    probabilities: Array | np.ndarray | None,
+    scores: Mapping[str, float] | None,
     names: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """As `evaluate_case`, for any labels: `tumors` maps a tumour's name to its value in the masks.
+    """As `evaluate_case`, for any labels.
 
-    A tumour may unite several values, but then there are no probabilities for it. `settings` are
-    complete, `names` are the row's case, patient and split.
+    Args:
+        truth: label values [x, y, z].
+        prediction: label values of the same shape.
+        spacing: voxel size (x, y, z), mm.
+        tumors: a tumour's name -> its value in the masks, or the values that it unites.
+        settings: complete ones.
+        scores: see `tumor_scores`; None where there are only masks.
+        names: the rows' case, patient and split.
     """
     truth, prediction = np.asarray(truth), np.asarray(prediction)
     if truth.shape != prediction.shape:
@@ -97,17 +104,16 @@ def evaluate_tumors(
             f" others ({', '.join(tumors)}). Rename it"
         )
     values = np.unique(np.hstack(list(tumors.values())))
-    score = None if probabilities is None else np.asarray(probabilities)
-    box = bounding_box(_is_any(truth, values), _is_any(prediction, values))
+    box = bounding_box(has_any(truth, values), has_any(prediction, values))
     box = box or (slice(0, 0), slice(0, 0), slice(0, 0))
     truth, prediction = truth[box], prediction[box]
     minimum = settings["minimum_mm3"] / float(np.prod(spacing))
 
     rows, masks = [], []
     for name, value in tumors.items():
-        mask = remove_small(_is_any(prediction, value), minimum, settings["connectivity"])
-        row = _row(_is_any(truth, value), mask, spacing, name, settings)
-        row["score"] = None if score is None else float(score[..., value].max())
+        mask = remove_small(has_any(prediction, value), minimum, settings["connectivity"])
+        row = _row(has_any(truth, value), mask, spacing, name, settings)
+        row["score"] = None if scores is None else scores[name]
         rows.append(row)
         masks.append(mask)
     if UNION not in tumors:
@@ -117,16 +123,30 @@ def evaluate_tumors(
             union = present[0] | {"class": UNION}
         else:
             predicted = np.logical_or.reduce(masks)
-            union = _row(_is_any(truth, values), predicted, spacing, UNION, settings)
-        union["score"] = (
-            None
-            if score is None
-            else float(np.add.reduce([score[..., value] for value in values]).max())
-        )
+            union = _row(has_any(truth, values), predicted, spacing, UNION, settings)
+        union["score"] = None if scores is None else scores[UNION]
         rows.append(union)
     return [
         {column: _rounded((dict(names) | row)[column]) for column in CASE_COLUMNS} for row in rows
     ]
+
+
+def tumor_scores(
+    probabilities: Float[Array, "x y z classes"] | Float[np.ndarray, "x y z classes"],
+    tumors: Mapping[str, int],
+) -> dict[str, float]:
+    """Returns the scan's highest probability of each tumour and of any (their sum), 0..1.
+
+    Args:
+        probabilities: of background and all classes.
+        tumors: tumour name -> its index among them.
+    """
+    values = np.asarray(probabilities)
+    scores = {name: float(values[..., index].max()) for name, index in tumors.items()}
+    if scores and UNION not in scores:
+        together = np.add.reduce([values[..., index] for index in tumors.values()])
+        scores[UNION] = float(together.max())
+    return scores
 
 
 def label_overlap(
@@ -169,7 +189,8 @@ def label_overlap(
     return result
 
 
-def _is_any(labels: np.ndarray, values: int | Sequence[int] | np.ndarray) -> np.ndarray:
+def has_any(labels: np.ndarray, values: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns where a label map has one of some values."""
     # One pass a value; numpy's isin would make an index of eight bytes for each voxel.
     first, *others = np.atleast_1d(values)
     mask = labels == first

@@ -1,0 +1,203 @@
+"""Evaluation of two folders of masks, on the scans' own grids."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tumorjax import anatomy
+from tumorjax.errors import CaseError, UserError
+from tumorjax.evaluation import workers
+from tumorjax.evaluation.masks import list_masks, read_labels
+from tumorjax.evaluation.measure import Labels, Task, measure_files
+from tumorjax.evaluation.records import Outcome, hash_file, is_kept
+from tumorjax.evaluation.settings import case_settings
+from tumorjax.files import check_case_id, read_csv
+from tumorjax.settings import plain
+
+GRID = "the scans' own grids"
+
+
+def outcomes(config: ConfigDict, task: Task, prediction: str) -> Iterator[Outcome]:
+    """Measures the cases of two folders, side by side in processes.
+
+    Args:
+        config: of the job; truth, patients, split and workers are read.
+        task: what all cases share.
+        prediction: folder of predicted masks.
+
+    Raises:
+        UserError: a folder is not there or empty, or the two have no name in common.
+    """
+    truths, predictions = list_masks(config.truth), list_masks(prediction)
+    only_true, only_predicted = set(truths) - set(predictions), set(predictions) - set(truths)
+    if only_true or only_predicted:
+        text = (
+            f"the names do not match. Only in {config.truth}: {_some(only_true)}; only in"
+            f" {prediction}: {_some(only_predicted)}"
+        )
+        if not set(truths) & set(predictions):
+            raise UserError(f"{text}. A case's two masks must have the same name")
+        print(text)
+    people = read_patients(config.patients)
+    cases = sorted(set(truths) | set(predictions))
+
+    def work() -> Iterator[Outcome | tuple]:
+        for case in cases:
+            try:
+                check_name(case)
+                files = [
+                    _only_file(case, found.get(case, []), folder)
+                    for found, folder in ((truths, config.truth), (predictions, prediction))
+                ]
+                hashes = [hash_file(case, path) for path in files]
+            except CaseError as error:
+                yield Outcome(case, error=error)
+                continue
+            names = {"case": case} | people.get(case, {"patient": case})
+            names = {"split": config.split} | names
+            made_from = made_from_files(task, names, hashes)
+            if is_kept(task.workdir, case, made_from):
+                yield Outcome(case)
+            else:
+                yield task, names, made_from, *files
+
+    processes = min(workers.count_of(config.workers), len(cases))
+    alone = processes == 1
+    return workers.in_processes(measure_files, work(), 0 if alone else processes, len(cases))
+
+
+def made_from_files(task: Task, names: Mapping[str, str], hashes: list[str]) -> dict[str, Any]:
+    """Returns all that the numbers of two masks depend on."""
+    return {
+        "names": dict(names),
+        "files": hashes,
+        "labels": plain(task.labels),
+        "tumors": plain(task.tumors),
+        "settings": case_settings(task.settings),
+        "pictures": task.pictures,
+        "table": None if task.table is None else task.table.tolist(),
+    }
+
+
+def task_of_folders(config: ConfigDict, settings: dict[str, Any], workdir: Path) -> Task:
+    """Returns what the cases of two folders share.
+
+    Values are those of config.labels, else those of `anatomy`. Where a network of ours made the
+    masks (its folder has a labels.json with the classes of its task), they are brought to its
+    classes, and so is the truth: just as when the network itself is evaluated.
+
+    Raises:
+        UserError: labels or tumours are not usable.
+    """
+    file_labels = read_labels(config.labels)
+    labels: Labels = file_labels
+    classes = None if config.labels or config.tumors else _classes_of(Path(config.prediction))
+    table = None
+    if classes:
+        table = anatomy.class_table(classes)
+        labels = {name: index for index, name in enumerate(classes, start=1)}
+        print(
+            f"{config.prediction}: made by a network that knows {', '.join(classes)}; whatever else"
+            " the truth has counts as background (config.labels or config.tumors say otherwise)"
+        )
+        tumors: Labels = anatomy.tumor_classes(classes)
+    else:
+        tumors = chosen_tumors(
+            config.tumors, labels, [name for name in labels if name in anatomy.TUMORS]
+        )
+    return Task(workdir, labels, tumors, settings, (), config.worst > 0, file_labels, table)
+
+
+def chosen_tumors(wanted: tuple[str, ...], labels: Labels, known: list[str]) -> Labels:
+    """Returns the labels that are tumours, with their values.
+
+    Args:
+        wanted: config.tumors.
+        labels: all labels.
+        known: those that are known to be tumours, for where none is wanted.
+
+    Raises:
+        UserError: one that is wanted is no label.
+    """
+    names = list(wanted) or known
+    missing = [name for name in names if name not in labels]
+    if missing:
+        raise UserError(
+            f"config.tumors has {', '.join(missing)}, which is no label. Labels are"
+            f" {', '.join(labels)}"
+        )
+    if not names:
+        print(
+            f"none of the labels {', '.join(labels)} is known as a tumour: only summary.json will"
+            " say something. Name the tumours in config.tumors"
+        )
+    return {name: labels[name] for name in names}
+
+
+def check_name(case: str) -> None:
+    """Refuses a case whose name could lead out of the folder that its record goes to.
+
+    Raises:
+        CaseError: the name is not safe.
+    """
+    try:
+        check_case_id(case)
+    except UserError as error:
+        raise CaseError(case, str(error), "Rename its files") from error
+
+
+def read_patients(path: str) -> dict[str, dict[str, str]]:
+    """Returns case -> patient, and split where the table has that column.
+
+    Raises:
+        UserError: there is no such table.
+    """
+    if not path:
+        return {}
+    try:
+        return {
+            row["case"]: {"patient": row["patient"]}
+            | ({"split": row["split"]} if row.get("split") else {})
+            for row in read_csv(path)
+        }
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: no patients to read ({error!r}). Expected a CSV file with the columns case"
+            " and patient, and split if there are several test sets"
+        ) from error
+
+
+def _classes_of(folder: Path) -> dict[str, list[str]] | None:
+    """Returns the task's classes of the network that wrote a folder of masks, if it says so."""
+    path = folder / "labels.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        classes = found.get("classes")
+        anatomy.class_table(classes or {})
+        values = {value for name, value in found["labels"].items() if name != "background"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{path}: not what the prediction job writes ({error!r}). Set config.labels to say what"
+            " the values are, or remove the file"
+        ) from error
+    # Masks of other values than those of anatomy.py are not of this kind.
+    return classes if classes and values <= set(anatomy.LABELS.values()) else None
+
+
+def _only_file(case: str, paths: list[Path], folder: str) -> Path:
+    if len(paths) != 1:
+        found = "no file" if not paths else " and ".join(path.name for path in paths)
+        raise CaseError(
+            case, f"{found} in {folder}, expected {case}.nii.gz or {case}.nii", "Give one file each"
+        )
+    return paths[0]
+
+
+def _some(names: set[str], most: int = 5) -> str:
+    shown = ", ".join(sorted(names)[:most]) or "none"
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
