@@ -4,7 +4,7 @@ The next scan is read while the network computes on this one, and processes of t
 what it has finished.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,7 +150,7 @@ def _segmented(config: ConfigDict, task: Task, model: Model) -> Iterator[Outcome
             made_from = {"names": names, "scan": record["checksum"], **common}
             if is_kept(task.workdir, case, made_from):
                 return Outcome(case)
-            _check_spacing(case, record["spacing"], trained)
+            _check_spacing(case, record, trained)
             image, label = model.store.read(case, "image"), model.store.read(case, "label")
         except CaseError as error:
             return Outcome(case, error=error)
@@ -199,11 +199,17 @@ def _segmented(config: ConfigDict, task: Task, model: Model) -> Iterator[Outcome
         )
 
 
-def _check_spacing(case: str, spacing: list[float], trained: ConfigDict) -> None:
-    if not np.allclose(spacing, trained.preparation.spacing, rtol=1e-3):
+def _check_spacing(case: str, record: Mapping[str, Any], trained: ConfigDict) -> None:
+    """Refuses a scan whose spacing is not what its training's becomes in whole voxels.
+
+    The grid keeps the scan's extent, so an axis of n voxels is up to half a voxel in n off.
+    """
+    wanted, shape = trained.preparation.spacing, np.array(record["shape"])
+    off = np.abs(shape * np.array(record["spacing"]) / wanted - shape)
+    if (off > 0.5 + 1e-6).any():
         raise CaseError(
             case,
-            f"spacing {tuple(spacing)} mm, but the network was trained at"
-            f" {tuple(trained.preparation.spacing)}",
+            f"spacing {tuple(record['spacing'])} mm, but the network was trained at"
+            f" {tuple(wanted)}",
             "Prepare the store with that spacing",
         )

@@ -133,9 +133,9 @@ def describe(entry: Entry, shot: Snapshot) -> str:
             f" {row['false_positives']} false; {z}"
         )
     radius = float(sphere_radius(shot.volume_mm3))
-    what = "missed" if shot.kind == "missed" else "false"
+    name = "tumour" if shot.tumor == UNION else tumor_title(shot.tumor).replace("Tumor", "tumour")
     return (
-        f"{what} {tumor_title(shot.tumor).lower().replace('tumor', 'tumour')},"
+        f"{shot.kind} {name.lower()},"
         f" {shot.volume_mm3:.0f} mm³ (radius {radius:.1f} mm as a sphere); {z}"
     )
 
@@ -161,8 +161,9 @@ def picture(
         for axis in axes:
             axis.set_axis_off()
             if image is None:
-                organs = (shot.truth > 0) & ~has_any(shot.truth, values)
-                grey = np.where(organs, 0.42, 0.18)
+                # Without a scan, what the truth says of organs and tumours is the background.
+                organ_or_tumor = np.where(has_any(shot.truth, values), 0.3, 0.42)
+                grey = np.where(shot.truth > 0, organ_or_tumor, 0.18)
             else:
                 grey = image
             axis.imshow(_seen(grey), cmap="gray", vmin=0, vmax=1, extent=(0, x, 0, y))
