@@ -153,6 +153,7 @@ def label_overlap(
     truth: Int[np.ndarray, "x y z"],
     prediction: Int[np.ndarray, "x y z"],
     labels: Mapping[str, int | Sequence[int]],
+    voxels: int | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
     """Returns the volume overlap of every label, organs too, with nnU-Net's names and conventions.
 
@@ -160,15 +161,21 @@ def label_overlap(
         truth: values 0..255 [x, y, z].
         prediction: values of the same shape.
         labels: label name -> its value, or the values that it unites.
+        voxels: number of the whole scan's, where the masks are cut out of it; outside of them it
+            must be background in both.
 
     Returns:
         Label name -> Dice and IoU (fractions, None where both masks are empty) and the voxel counts
         TP, FP, FN, TN, n_ref, n_pred.
     """
+    voxels = truth.size if voxels is None else voxels
+    # Plane by plane as they lie in memory, for numpy counts in eight-byte integers.
+    slowest = int(np.argmax(np.abs(truth.strides)))
+    planes = np.moveaxis(truth, slowest, 0), np.moveaxis(prediction, slowest, 0)
     counts = np.zeros(1 << 16, np.int64)
-    for plane, predicted in zip(truth, prediction, strict=True):  # numpy counts in 8-byte integers
+    for plane, predicted in zip(*planes, strict=True):
         pairs = (plane.astype(np.uint16) << 8) | predicted.astype(np.uint16)
-        counts += np.bincount(pairs.ravel(), minlength=1 << 16)
+        counts += np.bincount(pairs.ravel(order="K"), minlength=1 << 16)
     table = counts.reshape(256, 256)
     result: dict[str, dict[str, float | int | None]] = {}
     for name, value in labels.items():
@@ -182,7 +189,7 @@ def label_overlap(
             "TP": both,
             "FP": n_pred - both,
             "FN": n_ref - both,
-            "TN": truth.size - either,
+            "TN": voxels - either,
             "n_ref": n_ref,
             "n_pred": n_pred,
         }

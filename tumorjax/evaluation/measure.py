@@ -83,11 +83,14 @@ def measure(
         files: names of truth and prediction, for the record.
     """
     scores = None if probabilities is None else probabilities.scores
-    rows = evaluate_tumors(truth, prediction, spacing, task.tumors, task.settings, scores, names)
+    # Most of a scan has no label; what has is cut out once.
+    box = bounding_box(truth > 0, prediction > 0) or (slice(0, 0),) * 3
+    masks = truth[box], prediction[box]
+    rows = evaluate_tumors(*masks, spacing, task.tumors, task.settings, scores, names)
     result: dict[str, Any] = {
         "case": names["case"],
         "rows": rows,
-        "overlap": label_overlap(truth, prediction, task.labels),
+        "overlap": label_overlap(*masks, task.labels, truth.size),
         "spacing": [float(size) for size in spacing],
         "reference_file": files[0],
         "prediction_file": files[1],
@@ -96,7 +99,7 @@ def measure(
         result["froc"] = froc_counts(task, truth, spacing, probabilities)
     if task.pictures and task.tumors:
         result["pictures"] = snapshots.keep(
-            task.workdir, names["case"], truth, prediction, spacing, task.tumors, task.settings
+            task.workdir, names["case"], truth, prediction, spacing, task.tumors, task.settings, box
         )
     keep(task.workdir, names["case"], made_from, result)
     return Outcome(names["case"], fresh=True)

@@ -52,6 +52,7 @@ def take(
     spacing: Sequence[float],
     tumors: Mapping[str, int | Sequence[int]],
     settings: Mapping[str, Any],
+    within: tuple[slice, ...] | None = None,
 ) -> list[Snapshot]:
     """Returns the snapshots of a case, at most one of each kind.
 
@@ -61,14 +62,20 @@ def take(
         spacing: voxel size (x, y, z), mm.
         tumors: tumour name -> its value or values.
         settings: connectivity and minimum_mm3 as for the numbers.
+        within: a box that has all labels; None for the whole scan.
     """
     values = np.unique(np.hstack(list(tumors.values())))
     voxel = float(np.prod(spacing))
-    true, predicted = has_any(truth, values), has_any(prediction, values)
-    box = bounding_box(true, predicted)
-    if box is None:
+    within = within or tuple(slice(0, size) for size in truth.shape)
+    true, predicted = has_any(truth[within], values), has_any(prediction[within], values)
+    tumor_box = bounding_box(true, predicted)
+    if tumor_box is None:
         return []
-    true, predicted = true[box], predicted[box]
+    true, predicted = true[tumor_box], predicted[tumor_box]
+    box = tuple(
+        slice(outer.start + inner.start, outer.start + inner.stop)
+        for outer, inner in zip(within, tumor_box, strict=True)
+    )
     connectivity = settings["connectivity"]
     predicted = remove_small(predicted, settings["minimum_mm3"] / voxel, connectivity)
     offset = [side.start for side in box]
@@ -103,9 +110,10 @@ def keep(
     spacing: Sequence[float],
     tumors: Mapping[str, int | Sequence[int]],
     settings: Mapping[str, Any],
+    within: tuple[slice, ...] | None = None,
 ) -> list[dict[str, Any]]:
-    """Writes a case's snapshots, and returns what the record says of them: kind and volume."""
-    taken = take(truth, prediction, spacing, tumors, settings)
+    """Writes a case's snapshots (see `take`), and returns what the record says of them."""
+    taken = take(truth, prediction, spacing, tumors, settings, within)
     path = _path(workdir, case)
     if taken:
         arrays: dict[str, Any] = {}
