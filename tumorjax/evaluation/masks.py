@@ -21,7 +21,7 @@ from tumorjax.nifti import ENDINGS, check_pixdim
 # programs write affines with single precision and by way of quaternions.
 _SAME_GRID = 0.05
 # Voxels whose values are counted at once.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 15
 
 
 def list_masks(folder: str | Path) -> dict[str, list[Path]]:
@@ -171,5 +171,9 @@ def _values(mask: UInt8[np.ndarray, "i j k"]) -> Int[np.ndarray, " values"]:
     flat = mask.ravel(order="K")  # as it lies in memory
     counts = np.zeros(256, np.int64)
     for start in range(0, flat.size, _CHUNK):  # numpy counts in eight-byte integers
-        counts += np.bincount(flat[start : start + _CHUNK], minlength=256)
+        part = flat[start : start + _CHUNK]
+        if part.max():  # most of a scan is background, and finding that out is cheap
+            counts += np.bincount(part, minlength=256)
+        else:
+            counts[0] += part.size
     return np.flatnonzero(counts)
