@@ -466,7 +466,7 @@ def test_masks_of_our_networks_are_brought_to_their_classes(study, capsys):
     study.config.labels, study.config.tumors = "", ()
     assert study.run() == 0
     assert {row["class"] for row in study.rows()} == {"kidney_lesion", "tumor"}
-    assert "made by a network that knows kidney, kidney_lesion" in capsys.readouterr().out
+    assert "masks of a network that knows kidney, kidney_lesion" in capsys.readouterr().out
     summary = json.loads((study.folder / "work" / "summary.json").read_text())
     assert summary["labels"] == {"1": "kidney", "2": "kidney_lesion"}
     kidneys = [dice(*(mask == 1 for mask in masks(number))) for number in range(5)]
@@ -482,6 +482,18 @@ def test_masks_of_our_networks_are_brought_to_their_classes(study, capsys):
     study.config.tumors = ()
     with pytest.raises(UserError, match=r"labels\.json: not what the prediction job writes"):
         study.run()
+
+
+def test_values_that_stand_beside_the_masks_are_those_of_both_folders(study, capsys):
+    """Masks of nnU-Net's networks and of challenges have values of their own."""
+    path = study.folder / "prediction" / "labels.json"
+    path.write_text(json.dumps({"labels": {"background": 0, "kidney": 1, "tumor": 2}}))
+    study.run()
+    expected = study.rows()
+    study.config.labels = ""
+    assert evaluate.run(study.config, study.folder / "beside") == 0
+    assert read_csv(study.folder / "beside" / "cases.csv") == expected
+    assert "labels.json: says what the values of both folders are" in capsys.readouterr().out
 
 
 def test_pictures_show_the_scans_where_they_are(study, rng):
@@ -555,7 +567,7 @@ def test_models_on_other_cases_are_refused(study):
     ("compare", "message"),
     [
         ({"x": "nowhere"}, r"compare\.x: nowhere is not there"),
-        ({"mine": "nowhere"}, "'mine' twice, or as config.name"),
+        ({"mine": "nowhere"}, "'mine', which is this model's own name"),
     ],
 )
 def test_models_that_are_not_there_are_refused(study, compare, message):

@@ -107,6 +107,28 @@ def test_a_network_is_not_asked_again_for_what_is_there(network, monkeypatch):
     assert len(asked) == 6
 
 
+def test_it_goes_on_where_it_was_stopped(network, monkeypatch):
+    config, _, workdir = network
+    evaluate.run(config, workdir / "whole")
+    compute, asked = sliding_window.predict, []
+
+    def stopped(apply, image, *arguments, **settings):
+        asked.append(image.shape)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return compute(apply, image, *arguments, **settings)
+
+    monkeypatch.setattr(sliding_window, "predict", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config, workdir / "parts")
+    assert not (workdir / "parts" / "cases.csv").exists()
+    assert evaluate.run(config, workdir / "parts") == 0
+    assert len(asked) == 3 + 2  # the one that was stopped, and the last
+    for name in ("cases.csv", "summary.json", "froc.csv", "thresholds.json", "worst/index.html"):
+        there = [(workdir / part / name).read_bytes() for part in ("whole", "parts")]
+        assert there[0] == there[1]
+
+
 def test_a_store_made_otherwise_is_refused(network):
     config, trained, workdir = network
     trained.preparation.window = (-100.0, 250.0)

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tumorjax.errors import UserError
-from tumorjax.evaluation import comparison, folders, operating_points, worst
+from tumorjax.evaluation import comparison, folders, operating_points, scans, worst
 from tumorjax.evaluation.cases import UNION, evaluate_case, label_overlap
 from tumorjax.evaluation.measure import Task
 from tumorjax.evaluation.paper_tables import write_tables
@@ -80,7 +80,7 @@ def _evaluate(config: ConfigDict, settings: dict[str, Any], workdir: Path) -> in
     read_scan: worst.ReadScan | None = None
     if config.checkpoint:
         # The networks' libraries take seconds to import; masks do not need them.
-        from tumorjax.evaluation import scans, stores
+        from tumorjax.evaluation import stores
 
         thresholds = operating_points.check_thresholds(config.froc.thresholds or THRESHOLDS)
         model = stores.open_model(config)
@@ -93,10 +93,8 @@ def _evaluate(config: ConfigDict, settings: dict[str, Any], workdir: Path) -> in
         outcomes = folders.outcomes(config, task, config.prediction)
         info = _info(config, settings, folders.GRID, None, config.prediction)
         if config.images:
-            from tumorjax.evaluation import scans
-
             read_scan = scans.from_folder(config.images)
-    others = _others(config, settings, workdir, task)
+    others = _others(config, info["name"], workdir, task)
     code = write_results(config, task, outcomes, info, read_scan)
     for name, folder, other in others:
         if other is not None:
@@ -148,7 +146,7 @@ def _info(
 
 
 def _others(
-    config: ConfigDict, settings: dict[str, Any], workdir: Path, task: Task
+    config: ConfigDict, own_name: str, workdir: Path, task: Task
 ) -> list[tuple[str, str, Task | None]]:
     """Returns name and folder of each model to compare with, and how to measure it here if so.
 
@@ -156,12 +154,12 @@ def _others(
         UserError: a folder is not there, or folders of masks are to be compared with a checkpoint.
     """
     others: list[tuple[str, str, Task | None]] = []
-    used = {config.name}
     for name, folder in config.compare.items():
         folder = str(folder)
-        if name in used:
-            raise UserError(f"config.compare has {name!r} twice, or as config.name. Rename one")
-        used.add(name)
+        if name == own_name:
+            raise UserError(
+                f"config.compare has {name!r}, which is this model's own name. Set config.name"
+            )
         if (Path(folder) / "cases.csv").is_file():
             comparison.read_model(name, folder)
             others.append((name, folder, None))

@@ -51,7 +51,7 @@ def froc_figure(
         note: below the panels: which grid the numbers are on.
     """
     classes = list(dict.fromkeys(row["class"] for _, rows in curves for row in rows))
-    columns = min(len(classes), 3)
+    columns = 2 if len(classes) == 4 else min(len(classes), 3)
     lines = -(-len(classes) // columns)
     figure = Figure(figsize=(4.1 * columns + 0.3, 3.5 * lines + 0.5), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
@@ -127,14 +127,16 @@ def _mark_point(axis: Axes, point: Mapping[str, Any]) -> None:
         f"threshold {point['threshold']:g}\n{point['sensitivity']:.1f} % found,\n"
         f"{point['false_positives_per_scan']:.2f} false a scan"
     )
+    # In the lower right, where curves are not.
     axis.annotate(
         text,
         place,
-        (12, -10),
-        textcoords="offset points",
+        (0.97, 0.26),
+        textcoords="axes fraction",
         fontsize=8,
-        va="top",
-        bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "none", "alpha": 0.85},
+        ha="right",
+        arrowprops={"arrowstyle": "-", "color": "#9aa0a6", "lw": 0.8, "shrinkB": 6},
+        bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "none"},
     )
 
 

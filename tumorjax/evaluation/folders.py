@@ -78,37 +78,40 @@ def made_from_files(task: Task, names: Mapping[str, str], hashes: list[str]) -> 
         "tumors": plain(task.tumors),
         "settings": case_settings(task.settings),
         "pictures": task.pictures,
-        "table": None if task.table is None else task.table.tolist(),
+        "table": None if task.table is None else task.table.tobytes().hex(),
     }
 
 
 def task_of_folders(config: ConfigDict, settings: dict[str, Any], workdir: Path) -> Task:
     """Returns what the cases of two folders share.
 
-    Values are those of config.labels, else those of `anatomy`. Where a network of ours made the
-    masks (its folder has a labels.json with the classes of its task), they are brought to its
-    classes, and so is the truth: just as when the network itself is evaluated.
+    Values are those of config.labels. Without it, a labels.json beside the predictions counts, as
+    the prediction job writes it: with the classes of a task, masks and truth are brought to these,
+    just as when the network itself is evaluated; else (nnU-Net's networks, challenges) the values
+    in it are those of both folders. Without either, values are the ids of `anatomy`.
 
     Raises:
         UserError: labels or tumours are not usable.
     """
-    file_labels = read_labels(config.labels)
-    labels: Labels = file_labels
-    classes = None if config.labels or config.tumors else _classes_of(Path(config.prediction))
-    table = None
-    if classes:
-        table = anatomy.class_table(classes)
-        labels = {name: index for index, name in enumerate(classes, start=1)}
+    beside = Path(config.prediction) / "labels.json"
+    classes, values = None, config.labels
+    if not config.labels and beside.is_file():
+        classes, values = _written_by_prediction(beside)
+    file_labels = read_labels(values)
+    if classes and not config.tumors:
         print(
-            f"{config.prediction}: made by a network that knows {', '.join(classes)}; whatever else"
-            " the truth has counts as background (config.labels or config.tumors say otherwise)"
+            f"{beside}: masks of a network that knows {', '.join(classes)}; whatever else the truth"
+            " has counts as background (config.labels or config.tumors say otherwise)"
         )
+        labels = {name: index for index, name in enumerate(classes, start=1)}
+        table = anatomy.class_table(classes)
         tumors: Labels = anatomy.tumor_classes(classes)
-    else:
-        tumors = chosen_tumors(
-            config.tumors, labels, [name for name in labels if name in anatomy.TUMORS]
-        )
-    return Task(workdir, labels, tumors, settings, (), config.worst > 0, file_labels, table)
+        return Task(workdir, labels, tumors, settings, (), config.worst > 0, file_labels, table)
+    if values and not config.labels:
+        print(f"{beside}: says what the values of both folders are (config.labels says otherwise)")
+    known = [name for name in file_labels if name in anatomy.TUMORS]
+    tumors = chosen_tumors(config.tumors, file_labels, known)
+    return Task(workdir, file_labels, tumors, settings, (), config.worst > 0, file_labels)
 
 
 def chosen_tumors(wanted: tuple[str, ...], labels: Labels, known: list[str]) -> Labels:
@@ -170,23 +173,36 @@ def read_patients(path: str) -> dict[str, dict[str, str]]:
         ) from error
 
 
-def _classes_of(folder: Path) -> dict[str, list[str]] | None:
-    """Returns the task's classes of the network that wrote a folder of masks, if it says so."""
-    path = folder / "labels.json"
-    if not path.is_file():
-        return None
+def _written_by_prediction(path: Path) -> tuple[dict[str, list[str]] | None, str]:
+    """Returns the task's classes that a labels.json speaks of, or where to read the values.
+
+    Raises:
+        UserError: it is not of the prediction job.
+    """
     try:
         found = json.loads(path.read_text())
-        classes = found.get("classes")
-        anatomy.class_table(classes or {})
-        values = {value for name, value in found["labels"].items() if name != "background"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        # An ensemble's members tell the same apart.
+        classes = found.get("classes") or next(iter(found.get("members", [])), {}).get("classes")
+        table = anatomy.class_table(classes or {})
+        labels = {name: value for name, value in found["labels"].items() if name != "background"}
+        of_task = bool(classes) and all(table[value] for value in labels.values())
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        UserError,
+    ) as error:
         raise UserError(
             f"{path}: not what the prediction job writes ({error!r}). Set config.labels to say what"
             " the values are, or remove the file"
         ) from error
-    # Masks of other values than those of anatomy.py are not of this kind.
-    return classes if classes and values <= set(anatomy.LABELS.values()) else None
+    if of_task:
+        return classes, ""
+    anatomys = all(anatomy.LABELS.get(name) == value for name, value in labels.items())
+    return None, "" if anatomys else str(path)
 
 
 def _only_file(case: str, paths: list[Path], folder: str) -> Path:

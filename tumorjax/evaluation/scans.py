@@ -1,13 +1,14 @@
 """Slices of scans to show masks on: from a store, or from a folder of NIfTI files."""
 
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Float
 
-from tumorjax.errors import CaseError
+from tumorjax.errors import CaseError, UserError
 from tumorjax.evaluation.worst import ReadScan
 from tumorjax.geometry import to_canonical
-from tumorjax.inference.predict import find_scans
-from tumorjax.nifti import read_ct
+from tumorjax.nifti import ENDINGS, read_ct
 from tumorjax.volumes import Store
 
 # Soft tissue, HU.
@@ -24,18 +25,25 @@ def from_store(store: Store) -> ReadScan:
     return read
 
 
-def from_folder(folder: str) -> ReadScan:
-    """Returns how to read slices of a folder's scans: NIfTI, HU, named as the masks.
+def from_folder(folder: str | Path) -> ReadScan:
+    """Returns how to read slices of a folder's scans (NIfTI, HU).
+
+    They are called CASE_0000.nii.gz as nnU-Net's, CASE.nii.gz, or CASE/ct.nii.gz.
 
     Raises:
-        UserError: there is no scan.
+        UserError: there is no such folder.
     """
-    scans, _ = find_scans(folder)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (config.images). Leave it out for no scans")
 
     def read(case: str, box: tuple[slice, slice, int]) -> Float[np.ndarray, "x y"]:
-        if case not in scans:
+        names = [f"{case}{part}{ending}" for part in ("_0000", "") for ending in ENDINGS]
+        paths = [folder / name for name in (*names, f"{case}/ct.nii.gz")]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
             raise CaseError(case, f"no scan of this name in {folder}", "Give it the masks' name")
-        scan = read_ct(scans[case])
+        scan = read_ct(path)
         image, _ = to_canonical(scan.image, scan.affine)
         x, y, z = box
         if x.stop > image.shape[0] or y.stop > image.shape[1] or z >= image.shape[2]:
