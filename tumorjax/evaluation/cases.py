@@ -10,15 +10,10 @@ from tumorjax import anatomy
 from tumorjax.errors import UserError
 from tumorjax.evaluation.settings import complete_settings
 from tumorjax.evaluation.summary import CASE_COLUMNS
+from tumorjax.metrics.batch import Comparison, compare_masks
+from tumorjax.metrics.boxes import bounding_box
 from tumorjax.metrics.components import remove_small
-from tumorjax.metrics.detection import (
-    SIZE_GROUPS,
-    is_early,
-    match_lesions,
-    size_group,
-)
-from tumorjax.metrics.overlap import dice
-from tumorjax.metrics.surface import bounding_box, normalized_surface_dice
+from tumorjax.metrics.detection import SIZE_GROUPS, is_early, size_group
 
 # The class that unites all tumour classes.
 UNION = "tumor"
@@ -109,13 +104,14 @@ def evaluate_tumors(
     truth, prediction = truth[box], prediction[box]
     minimum = settings["minimum_mm3"] / float(np.prod(spacing))
 
-    rows, masks = [], []
-    for name, value in tumors.items():
-        mask = remove_small(has_any(prediction, value), minimum, settings["connectivity"])
-        row = _row(has_any(truth, value), mask, spacing, name, settings)
+    masks = [
+        remove_small(has_any(prediction, value), minimum, settings["connectivity"])
+        for value in tumors.values()
+    ]
+    truths = [has_any(truth, value) for value in tumors.values()]
+    rows = _rows(truths, masks, spacing, list(tumors), settings)
+    for row, name in zip(rows, tumors, strict=True):
         row["score"] = None if scores is None else scores[name]
-        rows.append(row)
-        masks.append(mask)
     if UNION not in tumors:
         present = [row for row in rows if row["has_tumor"] or row["predicted_tumor"]]
         tolerance = settings["tolerances_mm"]
@@ -123,7 +119,7 @@ def evaluate_tumors(
             union = present[0] | {"class": UNION}
         else:
             predicted = np.logical_or.reduce(masks)
-            union = _row(has_any(truth, values), predicted, spacing, UNION, settings)
+            (union,) = _rows([has_any(truth, values)], [predicted], spacing, [UNION], settings)
         union["score"] = None if scores is None else scores[UNION]
         rows.append(union)
     return [
@@ -206,30 +202,36 @@ def has_any(labels: np.ndarray, values: int | Sequence[int] | np.ndarray) -> np.
     return mask
 
 
-def _row(
-    truth: np.ndarray,
-    prediction: np.ndarray,
+def _rows(
+    truths: Sequence[np.ndarray],
+    predictions: Sequence[np.ndarray],
     spacing: Sequence[float],
-    name: str,
+    names: Sequence[str],
     settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    match = match_lesions(
-        truth,
-        prediction,
-        spacing,
+) -> list[dict[str, Any]]:
+    limits = [settings["tolerances_mm"].get(name, settings["tolerance_mm"]) for name in names]
+    compared = compare_masks(
+        truths,
+        predictions,
+        [spacing] * len(limits),
+        limits,
         settings["lesion_rule"],
         settings["lesion_threshold"],
         settings["connectivity"],
     )
+    return [_row(each, name, settings) for each, name in zip(compared, names, strict=True)]
+
+
+def _row(compared: Comparison, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    match = compared.match
     early = is_early(match, settings["early_diameter"], settings["early_mm"])
     groups = np.array([size_group(radius) for radius in match.radius_mm], dtype=object)
-    tolerance = settings["tolerances_mm"].get(name, settings["tolerance_mm"])
     row: dict[str, Any] = {
         "class": name,
-        "has_tumor": int(truth.any()),
-        "predicted_tumor": int(prediction.any()),
-        "dsc": 100 * dice(truth, prediction),
-        "nsd": 100 * normalized_surface_dice(truth, prediction, spacing, tolerance),
+        "has_tumor": int(len(match.detected) > 0),
+        "predicted_tumor": int(len(match.false_positive) > 0),
+        "dsc": 100 * compared.dice,
+        "nsd": 100 * compared.nsd,
         "n_lesions": len(match.detected),
         "n_detected": int(match.detected.sum()),
         "n_early": int(early.sum()),

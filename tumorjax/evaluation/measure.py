@@ -15,8 +15,8 @@ from tumorjax.evaluation import snapshots
 from tumorjax.evaluation.cases import UNION, evaluate_tumors, has_any, label_overlap
 from tumorjax.evaluation.masks import read_pair
 from tumorjax.evaluation.records import Outcome, keep
+from tumorjax.metrics.boxes import bounding_box
 from tumorjax.metrics.detection import froc
-from tumorjax.metrics.surface import bounding_box
 
 Labels = Mapping[str, int | Sequence[int]]
 
@@ -84,7 +84,7 @@ def measure(
     """
     scores = None if probabilities is None else probabilities.scores
     # Most of a scan has no label; what has is cut out once.
-    box = bounding_box(truth > 0, prediction > 0) or (slice(0, 0),) * 3
+    box = bounding_box(truth, prediction) or (slice(0, 0),) * 3
     masks = truth[box], prediction[box]
     rows = evaluate_tumors(*masks, spacing, task.tumors, task.settings, scores, names)
     result: dict[str, Any] = {

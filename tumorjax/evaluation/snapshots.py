@@ -16,8 +16,8 @@ from scipy import ndimage
 
 from tumorjax.evaluation.cases import has_any
 from tumorjax.files import write_bytes_atomic
+from tumorjax.metrics.boxes import bounding_box
 from tumorjax.metrics.components import label_components, remove_small
-from tumorjax.metrics.surface import bounding_box
 
 # What each kind of picture shows, in the order of the page.
 KINDS = ("differs", "missed", "false")

@@ -3,28 +3,38 @@
 import numpy as np
 from jaxtyping import Array, Bool
 
+from tumorjax.metrics.backends import choose_by_place
+
 
 def dice(
     truth: Bool[Array, "x y z"] | Bool[np.ndarray, "x y z"],
     prediction: Bool[Array, "x y z"] | Bool[np.ndarray, "x y z"],
+    backend: str = "auto",
 ) -> float:
     """Returns the Dice similarity coefficient 2|G and P| / (|G| + |P|).
 
     Args:
         truth: mask G, any shape; what is not zero is inside.
         prediction: mask P of the same shape.
+        backend: host, device or auto, which is the device for masks that lie on an accelerator:
+            counting on the host takes no longer than moving masks there.
 
     Returns:
         A fraction 0..1. Both masks empty: NaN, for there is nothing to agree on. One empty: 0.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or backend is unknown.
     """
-    truth, prediction = as_masks(truth, prediction)
-    total = np.count_nonzero(truth) + np.count_nonzero(prediction)
-    if total == 0:
-        return float("nan")
-    return 2.0 * np.count_nonzero(truth & prediction) / total
+    check_shapes(truth, prediction)
+    if choose_by_place(backend, truth, prediction) == "device":
+        from tumorjax.metrics import box_kernels
+
+        first, second, both = box_kernels.voxel_counts(truth, prediction)
+    else:
+        truth, prediction = as_mask(truth), as_mask(prediction)
+        first, second = np.count_nonzero(truth), np.count_nonzero(prediction)
+        both = np.count_nonzero(truth & prediction)
+    return 2.0 * both / (first + second) if first + second else float("nan")
 
 
 def as_masks(
@@ -35,13 +45,26 @@ def as_masks(
     Raises:
         ValueError: the shapes differ.
     """
-    truth, prediction = as_mask(truth), as_mask(prediction)
-    if truth.shape != prediction.shape:
+    check_shapes(truth, prediction)
+    return as_mask(truth), as_mask(prediction)
+
+
+def check_shapes(
+    truth: Array | np.ndarray, prediction: Array | np.ndarray, ndim: int | None = None
+) -> None:
+    """Checks that two masks lie on the same grid, and that it has `ndim` axes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    shapes = np.shape(truth), np.shape(prediction)
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"truth has shape {truth.shape} and prediction {prediction.shape}. Both masks must lie"
+            f"truth has shape {shapes[0]} and prediction {shapes[1]}. Both masks must lie"
             " on the same grid"
         )
-    return truth, prediction
+    if ndim is not None and len(shapes[0]) != ndim:
+        raise ValueError(f"masks have shape {shapes[0]}. Expected [x, y, z]")
 
 
 def as_mask(mask: Array | np.ndarray) -> np.ndarray:
