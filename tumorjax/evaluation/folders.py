@@ -94,7 +94,8 @@ def task_of_folders(config: ConfigDict, settings: dict[str, Any], workdir: Path)
         UserError: labels or tumours are not usable.
     """
     beside = Path(config.prediction) / "labels.json"
-    classes, values = None, config.labels
+    classes: dict[str, list[str]] | None = None
+    values: str = config.labels
     if not config.labels and beside.is_file():
         classes, values = _written_by_prediction(beside)
     file_labels = read_labels(values)
