@@ -1,6 +1,7 @@
-"""The evaluation job: its tables, continuing, bad cases one by one, and a network on a store."""
+"""The evaluation job on two folders: its tables, continuing, and bad cases one by one."""
 
 import dataclasses
+import errno
 import gzip
 import json
 import re
@@ -8,24 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-from jax.tree_util import Partial
 from ml_collections import ConfigDict
 from scipy import ndimage
 
 from configs.evaluation import get_config
-from tumorjax import volumes
 from tumorjax.anatomy import LABELS
 from tumorjax.errors import UserError
-from tumorjax.evaluation import evaluate
+from tumorjax.evaluation import evaluate, measure
 from tumorjax.evaluation.masks import read_labels, read_pair
 from tumorjax.files import read_csv
 from tumorjax.metrics.overlap import dice
 from tumorjax.metrics.surface import normalized_surface_dice
-from tumorjax.training import checkpoints
 
 SPACING = (1.5, 1.0, 3.0)
 LABEL_VALUES = {"background": 0, "kidney": 1, "tumor": 2}
@@ -142,9 +139,9 @@ def test_a_second_run_computes_only_what_changed(study, monkeypatch, capsys):
     study.run()
     tables = [path.read_bytes() for path in sorted((study.folder / "work").glob("*.*"))]
     calls = []
-    read = evaluate.read_pair
+    read = measure.read_pair
     monkeypatch.setattr(
-        evaluate, "read_pair", lambda *paths: calls.append(paths[0].name) or read(*paths)
+        measure, "read_pair", lambda *paths: calls.append(paths[0].name) or read(*paths)
     )
     assert study.run() == 0
     assert not calls
@@ -384,110 +381,6 @@ def test_the_command_line_takes_folders_and_says_its_exit_code(study):
     assert done.stderr.strip().splitlines()[-1].startswith("tumorjax: config.truth and")
 
 
-# A network on a store
-
-CLASSES = {"liver": ["liver"], "liver_lesion": ["liver_lesion"]}
-
-
-def by_brightness(centres, x):
-    """A network that knows classes by their brightness alone, so that the truth is known."""
-    return -jnp.square((x - centres) * 30)
-
-
-@pytest.fixture
-def network(tmp_path, rng, monkeypatch):
-    """A store of four scans in which brightness tells the label, but for one healthy scan."""
-    url = str(tmp_path / "store")
-    settings = {"spacing": [1.5, 1.5, 1.5], "window": [-175.0, 250.0]}
-    centres = {0: 0.1, LABELS["liver"]: 0.5, LABELS["liver_lesion"]: 0.9}
-    for number in range(4):
-        label = np.zeros((24, 26, 20), np.uint8)
-        label[ball((12, 13, 10), 9, label.shape)] = LABELS["liver"]
-        if number:
-            label[ball((12, 12 + number, 10), 3, label.shape)] = LABELS["liver_lesion"]
-        image = np.vectorize(centres.get)(label) + rng.uniform(-0.02, 0.02, label.shape)
-        if number == 0:
-            image[11:13, 11:13, 10] = 0.9
-        meta = {"patient": f"p{number % 3}"}
-        volumes.write_case(
-            url, f"c{number}", image.astype(np.float32), label, (1.5, 1.5, 1.5), meta, settings
-        )
-    trained = ConfigDict(
-        {
-            "task": {"classes": CLASSES},
-            "training": {"patch_size": (16, 16, 16)},
-            "preparation": {"spacing": (1.5, 1.5, 1.5), "window": (-175.0, 250.0)},
-        }
-    )
-    apply = Partial(by_brightness, jnp.asarray(list(centres.values()), jnp.float32))
-    monkeypatch.setattr(checkpoints, "load_model", lambda folder: (apply, trained))
-    config = get_config()
-    config.checkpoint, config.data.store = str(tmp_path / "trained"), url
-    config.split = "id"
-    return config, trained, tmp_path / "work"
-
-
-def test_a_network_is_scored_on_a_store(network):
-    config, _, workdir = network
-    assert evaluate.run(config, workdir) == 0
-    rows = {(row["case"], row["class"]): row for row in read_csv(workdir / "cases.csv")}
-    for number in (1, 2, 3):
-        row = rows[f"c{number}", "liver_lesion"]
-        assert (row["dsc"], row["nsd"], row["n_detected"]) == ("100", "100", "1")
-        assert float(row["score"]) > 0.9
-    assert rows["c0", "tumor"]["false_positives"] == "1"
-    assert rows["c3", "tumor"]["patient"] == "p0"
-    line = read_csv(workdir / "summary.csv")[0]
-    assert (line["split"], line["class"], line["n_patients"]) == ("id", "liver_lesion", "3")
-    assert (line["tumor_sensitivity"], line["false_positives_per_scan"]) == ("100", "0.25")
-    summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["labels"] == {"1": "liver", "2": "liver_lesion"}
-    assert summary["mean"]["1"]["Dice"] > 0.99
-
-
-def test_a_network_is_not_asked_again_for_what_is_there(network, monkeypatch):
-    config, trained, workdir = network
-    config.data.cases = ("c1", "c2")
-    assert evaluate.run(config, workdir) == 0
-    from tumorjax.inference import sliding_window
-
-    asked = []
-    predict = sliding_window.predict
-
-    def counting(apply, image, *arguments, **settings):
-        asked.append(image.shape)
-        return predict(apply, image, *arguments, **settings)
-
-    monkeypatch.setattr(sliding_window, "predict", counting)
-    config.data.cases = ()
-    assert evaluate.run(config, workdir) == 0
-    assert len(asked) == 2
-    other = Partial(by_brightness, jnp.asarray([0.2, 0.5, 0.8], jnp.float32))
-    monkeypatch.setattr(checkpoints, "load_model", lambda folder: (other, trained))
-    evaluate.run(config, workdir)
-    assert len(asked) == 6
-
-
-def test_a_store_made_otherwise_is_refused(network):
-    config, trained, workdir = network
-    trained.preparation.window = (-100.0, 250.0)
-    with pytest.raises(UserError, match=r"made with the window .*-175.* trained with .*-100"):
-        evaluate.run(config, workdir)
-    trained.preparation.window = (-175.0, 250.0)
-    trained.preparation.spacing = (2.0, 2.0, 2.0)
-    assert evaluate.run(config, workdir) == 1
-    reasons = [row["reason"] for row in read_csv(workdir / "rejected.csv")]
-    assert len(reasons) == 4
-    assert all("trained at (2.0, 2.0, 2.0)" in reason for reason in reasons)
-
-
-def test_cases_that_are_not_in_the_store_are_refused(network):
-    config, _, workdir = network
-    config.data.cases = ("c1", "c9")
-    with pytest.raises(UserError, match="no case c9"):
-        evaluate.run(config, workdir)
-
-
 def test_real_kidney_masks_shifted_by_a_voxel(real_data, tmp_path):
     """On the files as the challenge stores them (I, P, L): slices are found to be axial."""
     for case in ("case_00064", "case_00134"):
@@ -509,3 +402,191 @@ def test_real_kidney_masks_shifted_by_a_voxel(real_data, tmp_path):
         moved = np.roll(truth, 1, axis=1)
         assert int(row["n_lesions"]) == count
         assert int(row["n_detected"]) == len(np.unique(lesions[moved & truth]))
+
+
+# Names, pictures, several models
+
+
+def test_names_that_do_not_match_are_listed_both_ways(study, capsys):
+    study.file("truth", 1).unlink()
+    study.file("prediction", 2).unlink()
+    study.file("prediction", 4).unlink()
+    assert study.run() == 1
+    printed = capsys.readouterr().out
+    assert f"Only in {study.folder / 'truth'}: case_2, case_4;" in printed
+    assert f"only in {study.folder / 'prediction'}: case_1\n" in printed
+    assert list(study.rejected()) == ["case_1", "case_2", "case_4"]
+    assert [row["case"] for row in study.rows()] == ["case_0", "case_3"]
+
+
+def test_folders_without_a_common_name_are_refused(study):
+    for number in range(5):
+        path = study.file("prediction", number)
+        path.rename(path.with_name(f"scan_{number}.nii.gz"))
+    with pytest.raises(
+        UserError, match=r"Only in .*truth: case_0, .*; only in .*: scan_0, .*scan_4"
+    ):
+        study.run()
+
+
+def test_all_cases_may_be_bad(study):
+    for number in range(5):
+        study.file("truth", number).write_bytes(b"no mask")
+    assert study.run() == 1
+    assert len(study.rejected()) == 5
+    assert study.rows() == []
+
+
+def test_a_full_disk_is_said_in_one_line(study, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tumorjax.evaluation.results.write_csv_atomic", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        study.run()
+
+
+def test_masks_of_our_networks_are_brought_to_their_classes(study, capsys):
+    """Their folder says what the network knows; whatever else the truth has is background."""
+    table = np.array([0, LABELS["kidney_left"], LABELS["kidney_lesion"]], np.uint8)
+    for number in range(5):
+        truth, prediction = (table[mask] for mask in masks(number))
+        truth[:3, :3, :3] = LABELS["liver_lesion"]
+        right = np.arange(30)[:, None, None] >= 15
+        truth[(truth == LABELS["kidney_left"]) & right] = LABELS["kidney_right"]
+        save(study.file("truth", number), truth)
+        save(study.file("prediction", number), prediction)
+    classes = {"kidney": ["kidney_left", "kidney_right"], "kidney_lesion": ["kidney_lesion"]}
+    record = {
+        "labels": {"background": 0, "kidney_left": 3, "kidney_right": 4, "kidney_lesion": 29},
+        "classes": classes,
+    }
+    path = study.folder / "prediction" / "labels.json"
+    path.write_text(json.dumps(record))
+    study.config.labels, study.config.tumors = "", ()
+    assert study.run() == 0
+    assert {row["class"] for row in study.rows()} == {"kidney_lesion", "tumor"}
+    assert "masks of a network that knows kidney, kidney_lesion" in capsys.readouterr().out
+    summary = json.loads((study.folder / "work" / "summary.json").read_text())
+    assert summary["labels"] == {"1": "kidney", "2": "kidney_lesion"}
+    kidneys = [dice(*(mask == 1 for mask in masks(number))) for number in range(5)]
+    assert summary["mean"]["1"]["Dice"] == pytest.approx(np.mean(kidneys))
+    # Asked for by name, the liver's tumours are missed ones.
+    study.config.tumors = ("liver_lesion", "kidney_lesion")
+    assert evaluate.run(study.config, study.folder / "all") == 0
+    (line,) = (
+        r for r in read_csv(study.folder / "all" / "summary.csv") if r["class"] == "liver_lesion"
+    )
+    assert (line["n_tumors"], line["tumor_sensitivity"]) == ("5", "0")
+    path.write_text("{")
+    study.config.tumors = ()
+    with pytest.raises(UserError, match=r"labels\.json: not what the prediction job writes"):
+        study.run()
+
+
+def test_values_that_stand_beside_the_masks_are_those_of_both_folders(study, capsys):
+    """Masks of nnU-Net's networks and of challenges have values of their own."""
+    path = study.folder / "prediction" / "labels.json"
+    path.write_text(json.dumps({"labels": {"background": 0, "kidney": 1, "tumor": 2}}))
+    study.run()
+    expected = study.rows()
+    study.config.labels = ""
+    assert evaluate.run(study.config, study.folder / "beside") == 0
+    assert read_csv(study.folder / "beside" / "cases.csv") == expected
+    assert "labels.json: says what the values of both folders are" in capsys.readouterr().out
+
+
+def test_pictures_show_the_scans_where_they_are(study, rng):
+    hu = rng.normal(40, 10, (30, 36, 16)).astype(np.int16)
+    hu[:2] = -1000
+    save(study.folder / "images" / "case_1_0000.nii.gz", hu)
+    save(study.folder / "images" / "case_2_0000.nii.gz", rng.normal(0, 300, (9, 9, 9)))
+    study.config.images = str(study.folder / "images")
+    assert study.run() == 0
+    page = (study.folder / "work" / "worst" / "index.html").read_text()
+    # Cases 1 and 2 are not as they should be; the scan of 2 is another one.
+    assert page.count("<img") == 2
+    assert page.count("smaller than its masks") == 1
+    study.config.worst = 0
+    assert evaluate.run(study.config, study.folder / "plain") == 0
+    assert not (study.folder / "plain" / "worst").exists()
+    assert not list((study.folder / "plain" / "cases").glob("*.npz"))
+
+
+def second_model(study, skip=()):
+    """Another model's masks, the truth but for a shift, for all cases but some."""
+    for number in range(5):
+        if number not in skip:
+            shifted = np.roll(masks(number)[0], 1, axis=0)
+            save(study.file("other", number), shifted)
+    return str(study.folder / "other")
+
+
+def test_two_models_are_compared_on_the_same_cases(study):
+    study.config.compare = {"other model": second_model(study)}
+    study.config.name, study.config.comparison.resamples = "mine", 200
+    assert study.run() == 0
+    work = study.folder / "work"
+    alone = read_csv(work / "models" / "0-other-model" / "summary.csv")[0]
+    mine = read_csv(work / "summary.csv")[0]
+    (line,) = (r for r in read_csv(work / "comparison.csv") if r["metric"] == "dsc")
+    assert (line["model"], line["other"], line["n_patients"]) == ("mine", "other model", "3")
+    assert (line["value"], line["other_value"]) == (mine["dsc"], alone["dsc"])
+    table = read_csv(work / "tables" / "table3.csv")
+    assert [row["method"] for row in table] == ["other model", "mine"]
+    # The finished evaluation of the other may be named instead of its masks.
+    study.config.compare = {"other model": str(work / "models" / "0-other-model")}
+    assert evaluate.run(study.config, study.folder / "again") == 0
+    assert (study.folder / "again" / "comparison.csv").read_bytes() == (
+        work / "comparison.csv"
+    ).read_bytes()
+
+
+def test_a_bad_mask_of_one_model_is_left_out_for_all(study, capsys):
+    other = second_model(study)
+    study.file("other", 2).write_bytes(b"no mask")
+    study.config.compare = {"other": other}
+    assert study.run() == 1
+    assert "left out for all: case_2" in capsys.readouterr().out
+    lines = read_csv(study.folder / "work" / "comparison.csv")
+    assert {r["n_patients"] for r in lines if r["metric"] == "dsc"} == {"2"}
+    rejected = read_csv(study.folder / "work" / "models" / "0-other" / "rejected.csv")
+    assert [row["case"] for row in rejected] == ["case_2"]
+
+
+def test_models_on_other_cases_are_refused(study):
+    study.run()
+    one, two = study.folder / "work", second_model(study, skip=(1,))
+    study.config.prediction, study.config.compare = two, {"first": str(one)}
+    study.file("truth", 1).unlink()
+    with pytest.raises(UserError, match="first and other were not evaluated on the same cases"):
+        evaluate.run(study.config, study.folder / "second")
+
+
+@pytest.mark.parametrize(
+    ("compare", "message"),
+    [
+        ({"x": "nowhere"}, r"compare\.x: nowhere is not there"),
+        ({"mine": "nowhere"}, "'mine', which is this model's own name"),
+    ],
+)
+def test_models_that_are_not_there_are_refused(study, compare, message):
+    study.config.compare, study.config.name = compare, "mine"
+    with pytest.raises(UserError, match=message):
+        study.run()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("worst", -1, "worst is -1"),
+        ("workers", -2, "workers is -2"),
+        ("froc.sensitivity", 0.0, "froc.sensitivity is 0"),
+        ("comparison.resamples", 0, "resamples is 0"),
+        ("comparison.family", "class", "family is 'class'"),
+    ],
+)
+def test_unusable_settings_of_the_job_are_refused(study, key, value, message):
+    study.config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        study.run()

@@ -11,9 +11,9 @@ from tumorjax.errors import UserError
 from tumorjax.evaluation.settings import complete_settings
 from tumorjax.evaluation.summary import CASE_COLUMNS
 from tumorjax.metrics.batch import Comparison, compare_masks
+from tumorjax.metrics.boxes import bounding_box
 from tumorjax.metrics.components import remove_small
 from tumorjax.metrics.detection import SIZE_GROUPS, is_early, size_group
-from tumorjax.metrics.surface import bounding_box
 
 # The class that unites all tumour classes.
 UNION = "tumor"
@@ -56,13 +56,14 @@ def evaluate_case(
         ValueError: shapes differ.
         UserError: a setting is not usable.
     """
+    tumors = anatomy.tumor_classes(classes)
     return evaluate_tumors(
         truth,
         prediction,
         spacing,
-        anatomy.tumor_classes(classes),
+        tumors,
         complete_settings(settings),
-        probabilities,
+        None if probabilities is None else tumor_scores(probabilities, tumors),
         {"case": case, "patient": patient or case, "split": split},
     )
 
@@ -73,13 +74,19 @@ def evaluate_tumors(
     spacing: Sequence[float],
     tumors: Mapping[str, int | Sequence[int]],
     settings: Mapping[str, Any],
-    probabilities: Array | np.ndarray | None,
+    scores: Mapping[str, float] | None,
     names: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """As `evaluate_case`, for any labels: `tumors` maps a tumour's name to its value in the masks.
+    """As `evaluate_case`, for any labels.
 
-    A tumour may unite several values, but then there are no probabilities for it. `settings` are
-    complete, `names` are the row's case, patient and split.
+    Args:
+        truth: label values [x, y, z].
+        prediction: label values of the same shape.
+        spacing: voxel size (x, y, z), mm.
+        tumors: a tumour's name -> its value in the masks, or the values that it unites.
+        settings: complete ones.
+        scores: see `tumor_scores`; None where there are only masks.
+        names: the rows' case, patient and split.
     """
     truth, prediction = np.asarray(truth), np.asarray(prediction)
     if truth.shape != prediction.shape:
@@ -92,20 +99,19 @@ def evaluate_tumors(
             f" others ({', '.join(tumors)}). Rename it"
         )
     values = np.unique(np.hstack(list(tumors.values())))
-    score = None if probabilities is None else np.asarray(probabilities)
-    box = bounding_box(_is_any(truth, values), _is_any(prediction, values))
+    box = bounding_box(has_any(truth, values), has_any(prediction, values))
     box = box or (slice(0, 0), slice(0, 0), slice(0, 0))
     truth, prediction = truth[box], prediction[box]
     minimum = settings["minimum_mm3"] / float(np.prod(spacing))
 
     masks = [
-        remove_small(_is_any(prediction, value), minimum, settings["connectivity"])
+        remove_small(has_any(prediction, value), minimum, settings["connectivity"])
         for value in tumors.values()
     ]
-    truths = [_is_any(truth, value) for value in tumors.values()]
+    truths = [has_any(truth, value) for value in tumors.values()]
     rows = _rows(truths, masks, spacing, list(tumors), settings)
-    for row, value in zip(rows, tumors.values(), strict=True):
-        row["score"] = None if score is None else float(score[..., value].max())
+    for row, name in zip(rows, tumors, strict=True):
+        row["score"] = None if scores is None else scores[name]
     if UNION not in tumors:
         present = [row for row in rows if row["has_tumor"] or row["predicted_tumor"]]
         tolerance = settings["tolerances_mm"]
@@ -113,22 +119,37 @@ def evaluate_tumors(
             union = present[0] | {"class": UNION}
         else:
             predicted = np.logical_or.reduce(masks)
-            (union,) = _rows([_is_any(truth, values)], [predicted], spacing, [UNION], settings)
-        union["score"] = (
-            None
-            if score is None
-            else float(np.add.reduce([score[..., value] for value in values]).max())
-        )
+            (union,) = _rows([has_any(truth, values)], [predicted], spacing, [UNION], settings)
+        union["score"] = None if scores is None else scores[UNION]
         rows.append(union)
     return [
         {column: _rounded((dict(names) | row)[column]) for column in CASE_COLUMNS} for row in rows
     ]
 
 
+def tumor_scores(
+    probabilities: Float[Array, "x y z classes"] | Float[np.ndarray, "x y z classes"],
+    tumors: Mapping[str, int],
+) -> dict[str, float]:
+    """Returns the scan's highest probability of each tumour and of any (their sum), 0..1.
+
+    Args:
+        probabilities: of background and all classes.
+        tumors: tumour name -> its index among them.
+    """
+    values = np.asarray(probabilities)
+    scores = {name: float(values[..., index].max()) for name, index in tumors.items()}
+    if scores and UNION not in scores:
+        together = np.add.reduce([values[..., index] for index in tumors.values()])
+        scores[UNION] = float(together.max())
+    return scores
+
+
 def label_overlap(
     truth: Int[np.ndarray, "x y z"],
     prediction: Int[np.ndarray, "x y z"],
     labels: Mapping[str, int | Sequence[int]],
+    voxels: int | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
     """Returns the volume overlap of every label, organs too, with nnU-Net's names and conventions.
 
@@ -136,15 +157,21 @@ def label_overlap(
         truth: values 0..255 [x, y, z].
         prediction: values of the same shape.
         labels: label name -> its value, or the values that it unites.
+        voxels: number of the whole scan's, where the masks are cut out of it; outside of them it
+            must be background in both.
 
     Returns:
         Label name -> Dice and IoU (fractions, None where both masks are empty) and the voxel counts
         TP, FP, FN, TN, n_ref, n_pred.
     """
+    voxels = truth.size if voxels is None else voxels
+    # Plane by plane as they lie in memory, for numpy counts in eight-byte integers.
+    slowest = int(np.argmax(np.abs(truth.strides)))
+    planes = np.moveaxis(truth, slowest, 0), np.moveaxis(prediction, slowest, 0)
     counts = np.zeros(1 << 16, np.int64)
-    for plane, predicted in zip(truth, prediction, strict=True):  # numpy counts in 8-byte integers
+    for plane, predicted in zip(*planes, strict=True):
         pairs = (plane.astype(np.uint16) << 8) | predicted.astype(np.uint16)
-        counts += np.bincount(pairs.ravel(), minlength=1 << 16)
+        counts += np.bincount(pairs.ravel(order="K"), minlength=1 << 16)
     table = counts.reshape(256, 256)
     result: dict[str, dict[str, float | int | None]] = {}
     for name, value in labels.items():
@@ -158,14 +185,15 @@ def label_overlap(
             "TP": both,
             "FP": n_pred - both,
             "FN": n_ref - both,
-            "TN": truth.size - either,
+            "TN": voxels - either,
             "n_ref": n_ref,
             "n_pred": n_pred,
         }
     return result
 
 
-def _is_any(labels: np.ndarray, values: int | Sequence[int] | np.ndarray) -> np.ndarray:
+def has_any(labels: np.ndarray, values: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns where a label map has one of some values."""
     # One pass a value; numpy's isin would make an index of eight bytes for each voxel.
     first, *others = np.atleast_1d(values)
     mask = labels == first

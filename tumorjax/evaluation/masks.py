@@ -8,7 +8,7 @@ from typing import cast
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -20,6 +20,8 @@ from tumorjax.nifti import ENDINGS, check_pixdim
 # Two grids are the same when their corners are no farther apart than this share of a voxel:
 # programs write affines with single precision and by way of quaternions.
 _SAME_GRID = 0.05
+# Voxels whose values are counted at once.
+_CHUNK = 1 << 15
 
 
 def list_masks(folder: str | Path) -> dict[str, list[Path]]:
@@ -146,14 +148,14 @@ def _read_mask(
     except UserError as error:
         raise CaseError(str(path), str(error), "Correct the file's header") from error
     with np.errstate(invalid="ignore"):
-        mask = data.astype(np.uint8)
-    if not np.array_equal(mask, data):
+        mask = data.astype(np.uint8, copy=False)
+    if mask is not data and not np.array_equal(mask, data):
         raise CaseError(
             str(path),
             f"values from {data.min()} to {data.max()} that are not whole numbers 0 to 255",
             "Give label maps, not probabilities",
         )
-    unknown = np.setdiff1d(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)), known)
+    unknown = np.setdiff1d(_values(mask), known)
     if len(unknown):
         raise CaseError(
             str(path),
@@ -162,3 +164,16 @@ def _read_mask(
             "Set config.labels to the data set's dataset.json",
         )
     return mask, affine
+
+
+def _values(mask: UInt8[np.ndarray, "i j k"]) -> Int[np.ndarray, " values"]:
+    """Returns the values that a mask has."""
+    flat = mask.ravel(order="K")  # as it lies in memory
+    counts = np.zeros(256, np.int64)
+    for start in range(0, flat.size, _CHUNK):  # numpy counts in eight-byte integers
+        part = flat[start : start + _CHUNK]
+        if part.max():  # most of a scan is background, and finding that out is cheap
+            counts += np.bincount(part, minlength=256)
+        else:
+            counts[0] += part.size
+    return np.flatnonzero(counts)

@@ -22,6 +22,15 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# What the means and intervals need, and the numbers of one case do not.
+_POOLING = ("resamples", "confidence", "seed")
+
+
+def case_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of complete settings that the numbers of one case depend on."""
+    return {key: value for key, value in settings.items() if key not in _POOLING}
+
+
 def complete_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns the settings with `DEFAULTS` for what is absent, checked.
 

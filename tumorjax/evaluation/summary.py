@@ -45,6 +45,9 @@ METRICS = (
     "false_positives_per_scan",
 )
 GROUP_METRICS = tuple(f"sensitivity_{group}" for group in SIZE_GROUPS)
+# What `patient_sums` counts, and the factor from its ratios to each metric's unit.
+RATIOS = METRICS + GROUP_METRICS
+SCALE = np.array([1.0 if name == "false_positives_per_scan" else 100.0 for name in RATIOS])
 SUMMARY_COLUMNS = (
     "class",
     "n_patients",
@@ -82,21 +85,20 @@ def summarize(
     """
     rows, settings = list(rows), complete_settings(settings)
     patients = sorted({str(row["patient"]) for row in rows})
-    draws = _draws(len(patients), settings)
+    draws = draw_patients(len(patients), settings)
     table = []
     for name in dict.fromkeys(row["class"] for row in rows):
         chosen = [row for row in rows if row["class"] == name]
         numerators, denominators = patient_sums(chosen, patients)
-        scale = [1 if metric == "false_positives_per_scan" else 100 for metric in _RATIOS]
-        means = _ratio(numerators.sum(axis=0), denominators.sum(axis=0)) * scale
-        resampled = _ratio(draws @ numerators, draws @ denominators) * scale
-        low, high = _interval(resampled, denominators, settings)
+        means = ratio(numerators.sum(axis=0), denominators.sum(axis=0)) * SCALE
+        resampled = ratio(draws @ numerators, draws @ denominators) * SCALE
+        low, high = percentile_interval(resampled, denominators, settings)
         line: dict[str, Any] = {
             "class": name,
             "n_patients": len({str(row["patient"]) for row in chosen}),
-            "n_tumors": int(denominators[:, _RATIOS.index("tumor_sensitivity")].sum()),
+            "n_tumors": int(denominators[:, RATIOS.index("tumor_sensitivity")].sum()),
         }
-        for index, metric in enumerate(_RATIOS):
+        for index, metric in enumerate(RATIOS):
             line[metric] = _defined(means[index])
             if metric in METRICS:
                 line[f"{metric}_low"] = _defined(low[index])
@@ -137,28 +139,24 @@ def paired_difference(
             "a paired difference needs the same patients and classes on both sides. Evaluate both"
             " models on the same cases"
         )
-    draws = _draws(len(patients), settings)
+    draws = draw_patients(len(patients), settings)
     table = []
     for name in classes:
         sides = [
             patient_sums([row for row in rows if row["class"] == name], patients)
             for rows in (first, second)
         ]
-        scale = [1 if metric == "false_positives_per_scan" else 100 for metric in _RATIOS]
-        means = [_ratio(n.sum(axis=0), d.sum(axis=0)) * scale for n, d in sides]
-        resampled = [_ratio(draws @ n, draws @ d) * scale for n, d in sides]
-        low, high = _interval(resampled[1] - resampled[0], sides[0][1], settings)
+        means = [ratio(n.sum(axis=0), d.sum(axis=0)) * SCALE for n, d in sides]
+        resampled = [ratio(draws @ n, draws @ d) * SCALE for n, d in sides]
+        low, high = percentile_interval(resampled[1] - resampled[0], sides[0][1], settings)
         line: dict[str, Any] = {"class": name, "n_patients": len(patients)}
         for metric in METRICS:
-            index = _RATIOS.index(metric)
+            index = RATIOS.index(metric)
             line[metric] = _defined(means[1][index] - means[0][index])
             line[f"{metric}_low"] = _defined(low[index])
             line[f"{metric}_high"] = _defined(high[index])
         table.append(line)
     return table
-
-
-_RATIOS = METRICS + GROUP_METRICS
 
 
 def patient_sums(
@@ -177,7 +175,7 @@ def patient_sums(
         Numerators and denominators [patients, METRICS then GROUP_METRICS], as fractions or counts.
     """
     position = {patient: index for index, patient in enumerate(patients)}
-    numerators, denominators = np.zeros((2, len(patients), len(_RATIOS)))
+    numerators, denominators = np.zeros((2, len(patients), len(RATIOS)))
     has_tumor, predicted, seen = np.zeros((3, len(patients)), bool)
     pairs = {
         "tumor_sensitivity": ("n_detected", "n_lesions"),
@@ -190,21 +188,21 @@ def patient_sums(
     for row in rows:
         patient = position[str(row["patient"])]
         seen[patient] = True
-        has_tumor[patient] |= bool(_number(row["has_tumor"]))
-        predicted[patient] |= bool(_number(row["predicted_tumor"]))
-        if _number(row["has_tumor"]):
+        has_tumor[patient] |= bool(number_of(row["has_tumor"]))
+        predicted[patient] |= bool(number_of(row["predicted_tumor"]))
+        if number_of(row["has_tumor"]):
             for metric in ("dsc", "nsd"):
-                numerators[patient, _RATIOS.index(metric)] += _number(row[metric]) / 100
-                denominators[patient, _RATIOS.index(metric)] += 1
+                numerators[patient, RATIOS.index(metric)] += number_of(row[metric]) / 100
+                denominators[patient, RATIOS.index(metric)] += 1
         for metric, (part, whole) in pairs.items():
-            numerators[patient, _RATIOS.index(metric)] += _number(row[part])
-            denominators[patient, _RATIOS.index(metric)] += _number(row[whole])
-        index = _RATIOS.index("false_positives_per_scan")
-        numerators[patient, index] += _number(row["false_positives"])
+            numerators[patient, RATIOS.index(metric)] += number_of(row[part])
+            denominators[patient, RATIOS.index(metric)] += number_of(row[whole])
+        index = RATIOS.index("false_positives_per_scan")
+        numerators[patient, index] += number_of(row["false_positives"])
         denominators[patient, index] += 1
-    index = _RATIOS.index("patient_sensitivity")
+    index = RATIOS.index("patient_sensitivity")
     numerators[:, index], denominators[:, index] = has_tumor & predicted, has_tumor
-    index = _RATIOS.index("patient_specificity")
+    index = RATIOS.index("patient_specificity")
     numerators[:, index], denominators[:, index] = seen & ~has_tumor & ~predicted, seen & ~has_tumor
     return numerators, denominators
 
@@ -229,27 +227,30 @@ def _patient_auc(rows: Sequence[Mapping[str, Any]]) -> float:
     scores: dict[str, float] = {}
     positive: dict[str, bool] = {}
     for row in rows:
-        patient, score = str(row["patient"]), _number(row["score"])
+        patient, score = str(row["patient"]), number_of(row["score"])
         if np.isnan(score):
             return float("nan")  # masks without probabilities
         scores[patient] = max(scores.get(patient, -np.inf), score)
-        positive[patient] = positive.get(patient, False) or bool(_number(row["has_tumor"]))
+        positive[patient] = positive.get(patient, False) or bool(number_of(row["has_tumor"]))
     return area_under_curve(np.array(list(scores.values())), list(positive.values()))
 
 
-def _draws(n_patients: int, settings: Mapping[str, Any]) -> Int[np.ndarray, "resamples patients"]:
+def draw_patients(
+    n_patients: int, settings: Mapping[str, Any]
+) -> Int[np.ndarray, "resamples patients"]:
     """Returns how often each resample has each patient."""
     generator = np.random.default_rng(int(settings["seed"]))
     shares = np.full(n_patients, 1 / max(n_patients, 1))
     return generator.multinomial(n_patients, shares, size=int(settings["resamples"]))
 
 
-def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+def ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """Returns numerators / denominators, NaN where a denominator is 0."""
     undefined = denominators == 0
     return np.where(undefined, np.nan, numerators / np.where(undefined, 1, denominators))
 
 
-def _interval(
+def percentile_interval(
     resampled: Float[np.ndarray, "resamples metrics"],
     denominators: Float[np.ndarray, "patients metrics"],
     settings: Mapping[str, Any],
@@ -268,5 +269,6 @@ def _defined(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _number(value: Any) -> float:
+def number_of(value: Any) -> float:
+    """Returns a value of a row as a number, NaN where it is undefined; rows may hold text."""
     return float("nan") if value is None or value == "" else float(value)
