@@ -15,7 +15,8 @@ from configs.prediction import get_config
 from tumorjax import geometry, models
 from tumorjax.errors import UserError
 from tumorjax.files import write_json_atomic
-from tumorjax.inference import nnunet_export, predict, sliding_window
+from tumorjax.inference import ensemble, nnunet_export, predict, sliding_window
+from tumorjax.nifti import read_ct
 from tumorjax.training import checkpoints, finetuning
 
 torch = pytest.importorskip("torch")
@@ -216,7 +217,7 @@ def dice(a, b):
 
 def test_a_scan_is_prepared_and_a_tile_answered_as_by_nnunet(trained):
     _, results, predictor, scan = trained
-    network = predict.open_network(config_for(results, scan, ""))
+    network = ensemble.open_network(config_for(results, scan, ""))
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
     image, _, properties = DefaultPreprocessor(verbose=False).run_case(
@@ -224,7 +225,7 @@ def test_a_scan_is_prepared_and_a_tile_answered_as_by_nnunet(trained):
         None,
         *(predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json),
     )
-    prepared = network.prepare(scan)
+    prepared = network.prepare(read_ct(scan))
     np.testing.assert_allclose(prepared.image, image[0], atol=2e-5)
     box = [[side.start, side.stop] for side in prepared.crop]
     assert box == [list(map(int, side)) for side in properties["bbox_used_for_cropping"]]
@@ -421,12 +422,12 @@ def test_folds_are_averaged(trained, tmp_path):
         with torch.inference_mode():
             logits.append(predictor.network.eval()(torch.from_numpy(tile)).numpy())
     assert np.abs(logits[0] - logits[1]).max() > 1e-2
-    network = predict.open_network(config_for(folder, scan, ""))
+    network = ensemble.open_network(config_for(folder, scan, ""))
     found = np.moveaxis(jax.jit(network.apply)(np.moveaxis(tile, 1, -1)), -1, 1)
     np.testing.assert_allclose(found, (logits[0] + logits[1]) / 2, atol=1e-4)
     assert network.record["folds"] == ["fold_0", "fold_1"]
     with pytest.raises(UserError, match=r"in fold_3. There are fold_0, fold_1"):
-        predict.open_network(config_for(folder, scan, "", folds=(3,)))
+        ensemble.open_network(config_for(folder, scan, "", folds=(3,)))
 
 
 @pytest.mark.parametrize("trained", ["residual"], indirect=True)
@@ -500,8 +501,8 @@ def test_an_exported_network_gives_the_same_labels_with_nnunet(name, tmp_path, r
     assert tuple(predictor.allowed_mirroring_axes) == (1, 2)
     predictor.predict_from_files_sequential([[str(scan)]], [str(tmp_path / "theirs")])
     theirs = np.asanyarray(nib.load(tmp_path / "theirs.nii.gz").dataobj)
-    network = predict.open_network(config_for(cell, scan, "", **{"inference.mirror_axes": (1, 2)}))
-    prepared = network.prepare(scan)
+    network = ensemble.open_network(config_for(cell, scan, "", **{"inference.mirror_axes": (1, 2)}))
+    prepared = network.prepare(read_ct(scan))
     logits = sliding_window.predict(
         network.apply, prepared.image, (16, 16, 8), **network.window | {"output": "logits"}
     )

@@ -14,7 +14,7 @@ from tumorjax import geometry
 from tumorjax.anatomy import LABELS, class_table
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv, write_json_atomic
-from tumorjax.inference import predict, sliding_window
+from tumorjax.inference import outputs, predict, sliding_window
 from tumorjax.training import checkpoints
 
 CLASSES = {
@@ -48,7 +48,7 @@ def network(monkeypatch):
     values = np.array([-175.0, *(HU[name] for name in CLASSES)])
     centres = jnp.asarray((values - WINDOW[0]) / (WINDOW[1] - WINDOW[0]), jnp.float32)
     apply = Partial(by_brightness, centres)
-    monkeypatch.setattr(predict.checkpoints, "load_model", lambda folder, step: (apply, trained))
+    monkeypatch.setattr(checkpoints, "load_model", lambda folder, step: (apply, trained))
     return trained
 
 
@@ -134,7 +134,7 @@ def test_other_grids_differ_by_less_than_a_voxel_of_the_network(
     # the brightness of others.)
     network.task.classes = ConfigDict({"liver": ["liver"]})
     apply = Partial(brighter_than, jnp.float32(0.5))
-    monkeypatch.setattr(predict.checkpoints, "load_model", lambda folder, step: (apply, network))
+    monkeypatch.setattr(checkpoints, "load_model", lambda folder, step: (apply, network))
     grid = np.meshgrid(*[(np.arange(n) + 0.5) / n for n in shape], indexing="ij")
     box = np.all(
         [(c > low) & (c < low + 0.5) for c, low in zip(grid, (0.1, 0.2, 0.3), strict=True)], 0
@@ -203,7 +203,8 @@ def test_bad_scans_are_set_aside_and_the_rest_goes_on(network, tmp_path, capsys)
     save_phantom(source / "f_0001.nii.gz")
     assert predict.run(config_for(source, tmp_path / "out"), tmp_path / "work") == 1
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"a.nii.gz", "z.nii.gz", "f_0001.nii.gz", "labels.json"}
+    masks = {f"{case}.nii.gz" for case in ("a", "z", "f_0001")}
+    assert written == masks | {"a", "z", "f_0001", "labels.json"}
     rows = {row["case"]: row for row in read_csv(tmp_path / "work" / "rejected.csv")}
     assert {case: row["stage"] for case, row in rows.items()} == {
         "b": "read", "c": "read", "d": "find", "e e": "find", "g": "read"
@@ -236,7 +237,7 @@ def test_finished_scans_are_skipped_and_never_mixed(network, tmp_path, capsys, m
     with pytest.raises(UserError, match=r"inference\.overlap was 0\.5 and is 0\.25"):
         predict.run(config_for(source, output, **{"inference.overlap": 0.25}), tmp_path / "work")
     other = Partial(by_brightness, jnp.array([0.1, 0.2, 0.3, 0.4]))
-    monkeypatch.setattr(predict.checkpoints, "load_model", lambda folder, step: (other, network))
+    monkeypatch.setattr(checkpoints, "load_model", lambda folder, step: (other, network))
     with pytest.raises(UserError, match="weights_sha256"):
         predict.run(config_for(source, output), tmp_path / "work")
     (output / "labels.json").unlink()
@@ -247,18 +248,18 @@ def test_finished_scans_are_skipped_and_never_mixed(network, tmp_path, capsys, m
 def test_a_killed_write_leaves_no_mask(network, tmp_path, monkeypatch):
     save_phantom(tmp_path / "in" / "a.nii.gz")
     config = config_for(tmp_path / "in", tmp_path / "out", form="structures")
-    write = predict.write_mask
+    write = outputs.write_mask
 
     def killed(path, mask, like):
         if path.name.startswith("liver"):
             raise KeyboardInterrupt
         write(path, mask, like)
 
-    monkeypatch.setattr(predict, "write_mask", killed)
+    monkeypatch.setattr(outputs, "write_mask", killed)
     with pytest.raises(KeyboardInterrupt):
         predict.run(config, tmp_path / "work")
     assert not (tmp_path / "out" / "a" / "segmentations").exists()
-    monkeypatch.setattr(predict, "write_mask", write)
+    monkeypatch.setattr(outputs, "write_mask", write)
     assert predict.run(config, tmp_path / "work") == 0
     assert len(list((tmp_path / "out" / "a" / "segmentations").iterdir())) == 4
 
@@ -269,7 +270,7 @@ def test_a_full_disk_is_said_so(network, tmp_path, monkeypatch):
     def full(path, mask, like):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(predict, "write_mask", full)
+    monkeypatch.setattr(outputs, "write_mask", full)
     with pytest.raises(UserError, match="no space left"):
         predict.run(config_for(tmp_path / "in", tmp_path / "out"), tmp_path / "work")
 
