@@ -9,7 +9,6 @@ import pytest
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from configs.prediction import get_config
 from tumorjax import geometry
 from tumorjax.anatomy import LABELS, class_table
 from tumorjax.errors import UserError
@@ -22,83 +21,11 @@ CLASSES = {
     "liver": ["liver"],
     "tumor": ["liver_lesion", "kidney_lesion"],
 }
-# Names of the built-in test network's classes with the HU that it takes for them.
-HU = {"kidney": 60.0, "liver": 120.0, "tumor": 200.0}
 WINDOW = (-175.0, 250.0)
-
-
-def by_brightness(centres, x):
-    """A network that knows classes by their HU alone, so that the truth is known."""
-    return -jnp.square((x - centres) * 40)
 
 
 def brighter_than(threshold, x):
     return jnp.concatenate([jnp.zeros_like(x), (x - threshold) * 2], axis=-1)
-
-
-@pytest.fixture
-def network(monkeypatch):
-    trained = ConfigDict(
-        {
-            "task": {"classes": CLASSES},
-            "training": {"patch_size": (16, 16, 16)},
-            "preparation": {"spacing": (2.0, 2.0, 2.0), "window": WINDOW},
-        }
-    )
-    values = np.array([-175.0, *(HU[name] for name in CLASSES)])
-    centres = jnp.asarray((values - WINDOW[0]) / (WINDOW[1] - WINDOW[0]), jnp.float32)
-    apply = Partial(by_brightness, centres)
-    monkeypatch.setattr(checkpoints, "load_model", lambda folder, step: (apply, trained))
-    return trained
-
-
-def phantom(shape, spacing):
-    """RAS+ volume in HU and its label map: boxes for kidneys, liver and a tumour, in air."""
-    grid = np.meshgrid(*[(np.arange(n) + 0.5) / n for n in shape], indexing="ij")
-    x, y, z = grid
-    labels = np.zeros(shape, np.uint8)
-    middle = (abs(y - 0.5) < 0.25) & (abs(z - 0.5) < 0.3)
-    labels[(abs(x - 0.2) < 0.12) & middle] = LABELS["kidney_left"]
-    labels[(abs(x - 0.8) < 0.12) & middle] = LABELS["kidney_right"]
-    labels[(abs(x - 0.5) < 0.12) & middle] = LABELS["liver"]
-    labels[(abs(x - 0.5) < 0.06) & (abs(y - 0.5) < 0.12) & (abs(z - 0.5) < 0.15)] = LABELS[
-        "liver_lesion"
-    ]
-    image = np.full(shape, -1000.0)
-    for name, hu in {
-        "kidney_left": HU["kidney"],
-        "kidney_right": HU["kidney"],
-        "liver": HU["liver"],
-        "liver_lesion": HU["tumor"],
-    }.items():
-        image[labels == LABELS[name]] = hu
-    return image.astype(np.int16), labels
-
-
-def turned(array, spacing, codes):
-    """The same volume with its axes stored as `codes`, with an affine that says so."""
-    start = nib.orientations.axcodes2ornt("RAS")
-    there = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(codes))
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = (-100, -50, 30)
-    stored = nib.orientations.apply_orientation(array, there)
-    return stored, affine @ nib.orientations.inv_ornt_aff(there, array.shape)
-
-
-def save_phantom(path, shape=(40, 32, 30), spacing=(2.0, 2.0, 2.0), codes="RAS"):
-    image, labels = phantom(shape, spacing)
-    stored, affine = turned(image, spacing, codes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(stored, affine), path)
-    return turned(labels, spacing, codes)[0]
-
-
-def config_for(source, output, **changes):
-    config = get_config()
-    config.checkpoint = "cell"
-    config.input, config.output = str(source), str(output)
-    config.update_from_flattened_dict(changes)
-    return config
 
 
 def dice(a, b):
@@ -106,7 +33,9 @@ def dice(a, b):
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "SPL", "PIR"])
-def test_the_networks_own_grid_gives_the_truth_in_every_orientation(network, tmp_path, codes):
+def test_the_networks_own_grid_gives_the_truth_in_every_orientation(
+    network, tmp_path, codes, config_for, save_phantom
+):
     truth = save_phantom(tmp_path / "in" / "case_1_0000.nii.gz", codes=codes)
     config = config_for(tmp_path / "in", tmp_path / "out")
     assert predict.run(config, tmp_path / "work") == 0
@@ -127,7 +56,7 @@ def test_the_networks_own_grid_gives_the_truth_in_every_orientation(network, tmp
     ],
 )
 def test_other_grids_differ_by_less_than_a_voxel_of_the_network(
-    network, tmp_path, monkeypatch, shape, spacing, codes
+    network, tmp_path, monkeypatch, shape, spacing, codes, config_for, turned
 ):
     # One class, all that is brighter than the middle of the window: a box in air keeps its faces
     # where half of a voxel is filled. (With more classes, the rim of a bright one passes through
@@ -159,7 +88,9 @@ def test_other_grids_differ_by_less_than_a_voxel_of_the_network(
     assert dice(result, truth) > 0.9
 
 
-def test_structures_are_written_as_abdomenatlas_has_them(network, tmp_path):
+def test_structures_are_written_as_abdomenatlas_has_them(
+    network, tmp_path, config_for, save_phantom
+):
     truth = save_phantom(tmp_path / "in" / "BDMAP_00000001" / "ct.nii.gz", codes="LPS")
     config = config_for(tmp_path / "in", tmp_path / "out", form="structures")
     assert predict.run(config, tmp_path / "work") == 0
@@ -174,7 +105,7 @@ def test_structures_are_written_as_abdomenatlas_has_them(network, tmp_path):
     assert not list(folder.parent.glob(".*"))
 
 
-def test_labels_json_names_the_values(network, tmp_path):
+def test_labels_json_names_the_values(network, tmp_path, config_for, save_phantom):
     save_phantom(tmp_path / "in" / "a.nii.gz")
     predict.run(config_for(tmp_path / "in" / "a.nii.gz", tmp_path / "out"), tmp_path / "work")
     record = json.loads((tmp_path / "out" / "labels.json").read_text())
@@ -187,7 +118,9 @@ def test_labels_json_names_the_values(network, tmp_path):
     }
 
 
-def test_bad_scans_are_set_aside_and_the_rest_goes_on(network, tmp_path, capsys):
+def test_bad_scans_are_set_aside_and_the_rest_goes_on(
+    network, tmp_path, capsys, config_for, phantom, save_phantom
+):
     source = tmp_path / "in"
     save_phantom(source / "a_0000.nii.gz")
     save_phantom(source / "z_0000.nii.gz")
@@ -222,7 +155,9 @@ def test_bad_scans_are_set_aside_and_the_rest_goes_on(network, tmp_path, capsys)
     assert (tmp_path / "out" / "d.nii.gz").exists()
 
 
-def test_finished_scans_are_skipped_and_never_mixed(network, tmp_path, capsys, monkeypatch):
+def test_finished_scans_are_skipped_and_never_mixed(
+    network, tmp_path, capsys, monkeypatch, by_brightness, config_for, save_phantom
+):
     source, output = tmp_path / "in", tmp_path / "out"
     save_phantom(source / "a.nii.gz")
     predict.run(config_for(source, output), tmp_path / "work")
@@ -245,7 +180,7 @@ def test_finished_scans_are_skipped_and_never_mixed(network, tmp_path, capsys, m
         predict.run(config_for(source, output), tmp_path / "work")
 
 
-def test_a_killed_write_leaves_no_mask(network, tmp_path, monkeypatch):
+def test_a_killed_write_leaves_no_mask(network, tmp_path, monkeypatch, config_for, save_phantom):
     save_phantom(tmp_path / "in" / "a.nii.gz")
     config = config_for(tmp_path / "in", tmp_path / "out", form="structures")
     write = outputs.write_mask
@@ -264,7 +199,7 @@ def test_a_killed_write_leaves_no_mask(network, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out" / "a" / "segmentations").iterdir())) == 4
 
 
-def test_a_full_disk_is_said_so(network, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_so(network, tmp_path, monkeypatch, config_for, save_phantom):
     save_phantom(tmp_path / "in" / "a.nii.gz")
 
     def full(path, mask, like):
@@ -285,14 +220,16 @@ def test_a_full_disk_is_said_so(network, tmp_path, monkeypatch):
         ({"inference.overlap": 1.5}, "overlap is 1.5"),
     ],
 )
-def test_wrong_configs_are_named(network, tmp_path, change, message):
+def test_wrong_configs_are_named(network, tmp_path, change, message, config_for, save_phantom):
     save_phantom(tmp_path / "in" / "a.nii.gz")
     config = config_for(tmp_path / "in", tmp_path / "out", **change)
     with pytest.raises(UserError, match=message):
         predict.run(config, tmp_path / "work")
 
 
-def test_output_among_the_scans_and_folders_without_scans_are_refused(network, tmp_path):
+def test_output_among_the_scans_and_folders_without_scans_are_refused(
+    network, tmp_path, config_for, save_phantom
+):
     save_phantom(tmp_path / "in" / "a.nii.gz")
     for source in (tmp_path / "in", tmp_path / "in" / "a.nii.gz"):
         with pytest.raises(UserError, match="where the scans are"):
@@ -302,7 +239,7 @@ def test_output_among_the_scans_and_folders_without_scans_are_refused(network, t
         predict.run(config_for(tmp_path / "empty", tmp_path / "out"), tmp_path / "work")
 
 
-def test_a_trained_network_predicts_by_its_own_config(rng, tmp_path):
+def test_a_trained_network_predicts_by_its_own_config(rng, tmp_path, config_for, save_phantom):
     """From a checkpoint on disk; the masks are those of the network on the prepared scan."""
     model = {"name": "resenc_unet", "widths": [4, 8], "blocks": [1, 1], "dtype": "float32"}
     trained = {

@@ -256,6 +256,8 @@ def _list_rejected(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "rejected.csv"
+    if not rejected and not path.is_file():
+        return []
     with locked(workdir / ".rejected.lock"):
         rows = {row["case"]: row for row in (read_csv(path) if path.is_file() else [])}
         others = {

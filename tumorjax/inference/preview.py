@@ -10,9 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from tumorjax.geometry import spacing_of, to_canonical
 from tumorjax.inference.case_statistics import Extent, extent_of
+from tumorjax.metrics.components import label_components
 
 # HU from black to white: soft tissue.
 WINDOW = (-160.0, 240.0)
@@ -53,9 +55,9 @@ def preview(
 ) -> bytes:
     """Returns a case's picture as PNG.
 
-    The planes go through the slices in which the largest tumour, or without one the largest
-    structure, has most voxels; with nothing found through the scan's middle. Outlines are colours,
-    letters say where the body's sides are, and the bar is 50 mm.
+    The planes go through the largest lesion of the largest tumour, or without one through the
+    largest structure, where it has most voxels; with nothing found through the scan's middle.
+    Outlines are colours, letters say where the body's sides are, and the bar is 50 mm.
 
     Args:
         case: for the title.
@@ -114,6 +116,18 @@ def _target(found: Sequence[Shown], extent: Extent) -> Shown | None:
     if not found:
         return None
     return max(found, key=lambda one: (one.is_tumor, extent.voxels(one.value)))
+
+
+def _thickest(labels: UInt8[np.ndarray, "x y z"], value: int, extent: Extent) -> list[int]:
+    """Returns the slices in which a structure's largest component has most voxels."""
+    box = extent.box(value)
+    components, _ = label_components(labels[box] == value)
+    counts = np.bincount(components.ravel())
+    largest = components == 1 + counts[1:].argmax()
+    return [
+        side.start + int(largest.sum(axis=others).argmax())
+        for side, others in zip(box, ((1, 2), (0, 2), (0, 1)), strict=True)
+    ]
 
 
 def _volume(millilitres: float) -> str:
@@ -181,7 +195,10 @@ def _draw(
     axis.set_xlim(0, width)
     axis.set_ylim(0, height)
     axis.set_axis_off()
-    style: dict[str, Any] = {"color": "white", "fontsize": 9, "transform": axis.transAxes}
+    # Dark rims keep letters readable on bone.
+    rim = [withStroke(linewidth=2.5, foreground="black")]
+    style: dict[str, Any] = {"color": "white", "fontsize": 9, "path_effects": rim}
+    style["transform"] = axis.transAxes
     left, right, top, bottom = tuple(letters)
     axis.text(0.01, 0.5, left, ha="left", va="center", **style)
     axis.text(0.99, 0.5, right, ha="right", va="center", **style)
@@ -191,5 +208,13 @@ def _draw(
     axis.set_title(index, color="white", fontsize=9, loc="left")
     bar = 50.0 if width > 100 else 10.0
     end = width * 0.97
-    axis.plot([end - bar, end], [height * 0.07] * 2, color="white", lw=2, solid_capstyle="butt")
-    axis.text(end - bar / 2, height * 0.085, f"{bar:g} mm", color="white", fontsize=8, ha="center")
+    axis.plot(
+        [end - bar, end],
+        [height * 0.07] * 2,
+        color="white",
+        lw=2,
+        solid_capstyle="butt",
+        path_effects=[withStroke(linewidth=4, foreground="black")],
+    )
+    style |= {"fontsize": 8, "ha": "center", "transform": axis.transData}
+    axis.text(end - bar / 2, height * 0.085, f"{bar:g} mm", **style)
