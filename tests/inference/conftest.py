@@ -106,12 +106,13 @@ def save_phantom():
 
 @pytest.fixture
 def config_for():
-    """(input, output, changes) -> configuration of the prediction job."""
+    """(input, output, changes) -> configuration of the prediction job; masks alone are wanted."""
 
     def make(source, output, variant="nifti", **changes):
         config = get_config(variant)
         config.checkpoint = "cell"
         config.input, config.output = str(source), str(output)
+        config.statistics = config.preview = False
         config.update_from_flattened_dict(changes)
         return config
 
