@@ -19,7 +19,7 @@ from tumorjax.errors import CaseError, UserError
 from tumorjax.nifti import ENDINGS, LEAST_HU_RANGE, Scan, check_grid, check_values
 
 # How far a slice may lie from where even spacing puts it: positions are often rounded to 0.1 mm.
-_UNEVEN_MM, _UNEVEN_SHARE = 0.051, 0.01
+_UNEVEN_MM, _UNEVEN_SHARE = 0.06, 0.01
 # Objects that belong to a study and are no images to segment.
 _NO_SCANS = (
     *("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "SR", "PR", "KO", "DOC"),
@@ -260,8 +260,9 @@ def _check_even(name: str, along: Float[np.ndarray, " slices"]) -> None:
         )
     allowed = _UNEVEN_MM + _UNEVEN_SHARE * usual
     # Small differences of one sign add up, and rounding alone gives twice its error in a step.
-    even = np.linspace(along[0], along[-1], len(along))
-    if np.abs(steps - usual).max() <= 2 * allowed and np.abs(along - even).max() <= allowed:
+    index = np.arange(len(along))
+    astray = along - np.polyval(np.polyfit(index, along, 1), index)
+    if np.abs(steps - usual).max() <= 2 * allowed and np.abs(astray).max() <= allowed:
         return
     index = int(np.abs(steps - usual).argmax())
     where = f"between {along[index]:.2f} and {along[index + 1]:.2f} mm of its axis"
