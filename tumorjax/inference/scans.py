@@ -80,8 +80,8 @@ def find_scans(
             check_case_id(case)
             if len(sources) > 1:
                 paths = [one.path for one in sources]
-                same = len({path.name for path in paths}) < len(paths)
-                names = ", ".join(str(path) if same else path.name for path in paths)
+                apart = len({path.parent for path in paths}) > 1
+                names = ", ".join(str(path) if apart else path.name for path in paths)
                 raise CaseError(case, f"{len(sources)} files of one case ({names})", "Keep one CT")
             scans[case] = sources[0]
         except (UserError, CaseError) as error:
