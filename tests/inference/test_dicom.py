@@ -2,20 +2,20 @@
 
 import hashlib
 import json
+import sys
 
+import highdicom as hd
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
+import SimpleITK as sitk
 
 from tumorjax.anatomy import LABELS
 from tumorjax.errors import CaseError, UserError
 from tumorjax.files import read_csv
 from tumorjax.inference import dicom, dicom_segmentation, ensemble, predict
 from tumorjax.inference.dicom_segmentation import Segment, coding
-
-pydicom = pytest.importorskip("pydicom")
-hd = pytest.importorskip("highdicom")
-pytest.importorskip("SimpleITK")
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
@@ -86,8 +86,6 @@ def noise(rng):
 
 
 def test_a_series_is_read_on_its_grid_as_simpleitk_sees_it(noise, tmp_path):
-    import SimpleITK as sitk
-
     turn = nib.eulerangles.euler2mat(0.2, 0.1, -0.3)
     directions = (*turn[:, 0], *turn[:, 1])
     write_series(tmp_path, noise, (0.8, 0.7, 2.5), (-120.5, 33.25, 700.0), directions=directions)
@@ -130,6 +128,21 @@ def test_each_slices_own_slope_is_applied(noise, tmp_path):
             data.PixelData, data.RescaleSlope = values.astype(np.int16).tobytes(), 2
             data.save_as(path)
     np.testing.assert_array_equal(dicom.read_series("a", files).image, noise // 2 * 2)
+
+
+@pytest.mark.parametrize(
+    "syntax", ["RLELossless", "JPEGLSLossless", "DeflatedExplicitVRLittleEndian"]
+)
+def test_compressed_series_are_read(noise, tmp_path, syntax):
+    files = write_series(tmp_path, noise)
+    for path in files:
+        data = pydicom.dcmread(path)
+        if syntax.startswith("Deflated"):
+            data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        else:
+            data.compress(getattr(pydicom.uid, syntax))
+        data.save_as(path)
+    np.testing.assert_array_equal(dicom.read_series("a", files).image, noise)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +345,7 @@ def test_single_slices_are_no_input(network, tmp_path, config_for, noise):
 
 def test_without_the_extra_it_is_named(monkeypatch, noise, tmp_path):
     write_series(tmp_path, noise)
-    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
     dicom._pydicom.cache_clear()
     with pytest.raises(UserError, match=r'pip install "tumorjax\[dicom\]"'):
         dicom.find_series(tmp_path)

@@ -430,6 +430,47 @@ def test_folds_are_averaged(trained, tmp_path):
         ensemble.open_network(config_for(folder, scan, "", folds=(3,)))
 
 
+def test_an_ensemble_has_the_mean_of_nnunets_probabilities(trained, tmp_path):
+    model, results, _, scan = trained
+    affine = nib.load(scan).affine
+    other = tmp_path / "other"
+    shutil.copytree(results, other)
+    path = other / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    for name, value in checkpoint["network_weights"].items():
+        value.mul_(0.7 if "seg_layers" in name else 1.05)
+    torch.save(checkpoint, path)
+    theirs = []
+    for folder in (results, other):
+        target = tmp_path / f"theirs_{folder.name}"
+        nnunet_predictor(folder, mirroring=False).predict_from_files_sequential(
+            [[str(scan)]], [str(target)], save_probabilities=True
+        )
+        # nnU-Net's reader gives [z, y, x].
+        saved = np.load(f"{target}.npz")["probabilities"]
+        saved = saved.transpose(0, 3, 2, 1).astype(np.float32)
+        if model["reader"] == "NibabelIOWithReorient":
+            saved = np.stack([geometry.from_canonical(one, affine) for one in saved])
+        theirs.append(saved)
+    assert np.abs(theirs[0] - theirs[1]).max() > 0.02
+    mean = (theirs[0] + theirs[1]) / 2
+
+    changes = {"inference.mirror_axes": (), "probabilities": ("liver", "tumor")}
+    config = config_for(str((str(results), str(other))), scan, tmp_path / "ours", **changes)
+    assert predict.run(config, tmp_path / "work") == 0
+    for index, name in enumerate(("liver", "tumor"), start=1):
+        ours = nib.load(tmp_path / "ours" / "scan" / "probabilities" / f"{name}.nii.gz")
+        apart = np.abs(np.asanyarray(ours.dataobj) - mean[index])
+        # nnU-Net sums tiles in float16, which tells little apart where they weigh least.
+        assert np.quantile(apart, 0.99) < 0.02
+        assert apart.mean() < 2e-3
+    labels = np.asanyarray(nib.load(tmp_path / "ours" / "scan.nii.gz").dataobj)
+    expected = mean.argmax(axis=0)
+    for value in (1, 2):
+        assert (expected == value).sum() > 50
+        assert dice(labels == value, expected == value) > 0.99
+
+
 @pytest.mark.parametrize("trained", ["residual"], indirect=True)
 def test_overlapping_regions_are_painted_in_their_order(trained, tmp_path):
     _, results, _, scan = trained

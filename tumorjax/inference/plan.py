@@ -81,10 +81,11 @@ def check_places(config: ConfigDict, scans: Mapping[str, Source], output: Path) 
         UserError: they do, or are not.
     """
     place = output.resolve()
+    folders = [Path(entry).resolve() for entry in several(config.input)]
     for source in scans.values():
         parent = source.path.resolve() if source.slices else source.path.resolve().parent
         among = (parent, parent.parent) if source.path.name == "ct.nii.gz" else (parent,)
-        if place in among:
+        if place in (*among, *folders):
             raise UserError(
                 f"{output}: config.output is where the scans are. Choose another folder"
             )

@@ -73,7 +73,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if rejected:
         print(f"{output}: {len(rejected)} cases set aside, see {workdir / 'rejected.csv'}")
         return 1
-    print(f"{output}: {f'masks of {len(done)} scans written' if waiting else 'already finished'}")
+    state = f"masks of {len(done)} scans written" if waiting else "already finished"
+    print(f"{output}: {state if mine else f'none of the scans is in part {config.part}'}")
     return 0
 
 
@@ -113,8 +114,7 @@ def _predict(
                 for case, future in ahead:
                     begin = time.perf_counter()
                     try:
-                        scan, prepared = future.result()
-                        _predict_case(case, scan, prepared, output, plan)
+                        _predict_case(case, future, output, plan)
                         done.append(case)
                     except (CaseError, MemoryError, jax.errors.JaxRuntimeError) as error:
                         rejected.append(_rejected(case, error))
@@ -182,12 +182,14 @@ def _read(source: Source, networks: Sequence[Network]) -> tuple[Scan, list[Prepa
 
 
 def _predict_case(
-    case: str, scan: Scan, prepared: Sequence[Prepared], output: Path, plan: Plan
+    case: str, read: Future[tuple[Scan, list[Prepared]]], output: Path, plan: Plan
 ) -> None:
+    """Predicts a scan and writes what is wanted of it, the mask first."""
+    scan, prepared = read.result()
     answered = ensemble.answers(plan.networks, prepared)
     labels = ensemble.labels(answered)
     if plan.rules.change_anything:
-        labels = np.ascontiguousarray(labels) if not labels.flags.writeable else labels
+        labels = labels if labels.flags.writeable else labels.copy()
         removed = cleanup.clean(labels, spacing_of(scan.affine), plan.rules)
         logging.info("%s: %d lesions removed", case, sum(removed.values()))
     paths = outputs.paths_of(output, case, plan.wanted)
@@ -200,6 +202,12 @@ def _predict_case(
         plan.segments,
         json.dumps(plan.record, sort_keys=True),
     )
+    kept = [paths[f"probability of {name}"] for name in plan.wanted.probabilities]
+    if kept:
+        volumes = ensemble.probabilities(answered, plan.probabilities)
+        outputs.write_probabilities(kept, volumes, plan.wanted.probabilities, scan)
+    # The scores are the largest of all that is held.
+    del answered
     named = [(one.name, one.value) for one in plan.table]
     if plan.wanted.statistics or plan.wanted.preview:
         world = "LPS" if scan.slices else "RAS"
@@ -213,9 +221,6 @@ def _predict_case(
             window = WINDOW if plan.networks[0].least_range else None
             picture = preview(case, scan.image, labels, scan.affine, shown, window)
             write_bytes_atomic(paths["preview"], picture)
-    kept = [paths[f"probability of {name}"] for name in plan.wanted.probabilities]
-    volumes = ensemble.probabilities(answered, plan.probabilities)
-    outputs.write_probabilities(kept, volumes, plan.wanted.probabilities, scan)
 
 
 def _as_written(labels: UInt8[np.ndarray, "i j k"], plan: Plan) -> UInt8[np.ndarray, "i j k"]:
