@@ -37,7 +37,7 @@ class Extent(NamedTuple):
 
 def extent_of(labels: UInt8[np.ndarray, "i j k"]) -> Extent:
     """Returns the voxel counts of a label map, one slice after the other."""
-    turned = labels.transpose(order := np.argsort(labels.strides)[::-1])
+    turned = labels.transpose(order := np.argsort(np.abs(labels.strides))[::-1])
     depth, rows, columns = turned.shape
     by_slice = np.zeros((256, depth), np.int64)
     by_row = np.zeros((256, rows), np.int64)

@@ -73,10 +73,9 @@ def preview(
     extent = extent_of(labels)
     found = [one for one in structures if extent.voxels(one.value)]
     target = _target(found, extent)
-    middle = [length // 2 for length in image.shape]
-    at = (
-        middle if target is None else [int(count[target.value].argmax()) for count in extent.counts]
-    )
+    at = [length // 2 for length in image.shape]
+    if target is not None:
+        at = _thickest(labels, target.value, extent)
     colors = _colors(structures)
 
     sizes = [length * size for length, size in zip(image.shape, spacing, strict=True)]
