@@ -40,12 +40,16 @@ class Scan(NamedTuple):
     Attributes:
         image: HU, axes as in the file.
         affine: from voxel index to mm in RAS+.
-        header: NIfTI header of the file.
+        header: NIfTI header of the file; of a DICOM series, one made for its grid.
+        name: of the file, for messages.
+        slices: of a DICOM series its files, in the order of the last axis.
     """
 
     image: Num[np.ndarray, "i j k"]
     affine: Float[np.ndarray, "4 4"]
     header: Any
+    name: str = ""
+    slices: tuple[Path, ...] = ()
 
 
 def read_ct(
@@ -84,6 +88,17 @@ def read_ct(
             f"not readable to its end as NIfTI ({type(error).__name__})",
             "Copy or convert it again",
         ) from error
+    check_grid(name, affine)
+    check_values(name, image, least_range)
+    return Scan(image, affine, file.header, name)
+
+
+def check_grid(name: str, affine: Float[np.ndarray, "4 4"]) -> None:
+    """Checks that an affine can be that of a scan of a body.
+
+    Raises:
+        CaseError: it is singular or not finite, or the spacing is out of range.
+    """
     try:
         check_affine(affine)
     except UserError as error:
@@ -96,6 +111,21 @@ def read_ct(
             f"spacing {' x '.join(f'{size:g}' for size in spacing)} mm, expected {low} to {high}",
             "Correct the header (are its units millimetres?)",
         )
+
+
+def check_values(
+    name: str, image: Num[np.ndarray, "i j k"], least_range: float = LEAST_HU_RANGE
+) -> None:
+    """Checks that an image is finite and not constant.
+
+    Args:
+        name: for the message.
+        image: the scan's values.
+        least_range: that they must span.
+
+    Raises:
+        CaseError: it is not.
+    """
     if not np.isfinite(image.min()) or not np.isfinite(image.max()):
         count = int(np.sum(~np.isfinite(image)))
         raise CaseError(name, f"{count} voxels are NaN or infinite", "Convert the scan again")
@@ -105,7 +135,6 @@ def read_ct(
             f"values run from {image.min():g} to {image.max():g}, which is no CT in HU",
             "Give the scan in Hounsfield units, not scaled",
         )
-    return Scan(image, affine, file.header)
 
 
 def check_hu(name: str, image: Num[np.ndarray, "x y z"]) -> None:

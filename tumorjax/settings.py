@@ -1,10 +1,13 @@
 """Configurations as plain values: for JSON, for comparing, and for keys of caches."""
 
+import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from tumorjax.errors import UserError
 
 
 def plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -29,3 +32,25 @@ def first_difference(a: Any, b: Any, path: str = "config") -> str | None:
                 return difference
         return None
     return None if a == b else f"{path} was {a!r} and is {b!r}"
+
+
+def several(value: str | Sequence[str]) -> list[str]:
+    """Returns a setting that is one path or several, as a list.
+
+    Args:
+        value: a path; a sequence of them; or a sequence as a command line has it, "('a', 'b')".
+
+    Raises:
+        UserError: the text looks like a sequence and is none.
+    """
+    if not isinstance(value, str):
+        return [str(one) for one in value]
+    if value[:1] not in ("(", "["):
+        return [value] if value else []
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        parsed = None
+    if not isinstance(parsed, (tuple, list)) or not all(isinstance(one, str) for one in parsed):
+        raise UserError(f"{value!r} is no sequence of paths. Expected such as \"('a', 'b')\"")
+    return list(parsed)

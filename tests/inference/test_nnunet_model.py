@@ -15,7 +15,8 @@ from configs.prediction import get_config
 from tumorjax import geometry, models
 from tumorjax.errors import UserError
 from tumorjax.files import write_json_atomic
-from tumorjax.inference import nnunet_export, predict, sliding_window
+from tumorjax.inference import ensemble, nnunet_export, predict, sliding_window
+from tumorjax.nifti import read_ct
 from tumorjax.training import checkpoints, finetuning
 
 torch = pytest.importorskip("torch")
@@ -216,7 +217,7 @@ def dice(a, b):
 
 def test_a_scan_is_prepared_and_a_tile_answered_as_by_nnunet(trained):
     _, results, predictor, scan = trained
-    network = predict.open_network(config_for(results, scan, ""))
+    network = ensemble.open_network(config_for(results, scan, ""))
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
     image, _, properties = DefaultPreprocessor(verbose=False).run_case(
@@ -224,7 +225,7 @@ def test_a_scan_is_prepared_and_a_tile_answered_as_by_nnunet(trained):
         None,
         *(predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json),
     )
-    prepared = network.prepare(scan)
+    prepared = network.prepare(read_ct(scan))
     np.testing.assert_allclose(prepared.image, image[0], atol=2e-5)
     box = [[side.start, side.stop] for side in prepared.crop]
     assert box == [list(map(int, side)) for side in properties["bbox_used_for_cropping"]]
@@ -421,12 +422,53 @@ def test_folds_are_averaged(trained, tmp_path):
         with torch.inference_mode():
             logits.append(predictor.network.eval()(torch.from_numpy(tile)).numpy())
     assert np.abs(logits[0] - logits[1]).max() > 1e-2
-    network = predict.open_network(config_for(folder, scan, ""))
+    network = ensemble.open_network(config_for(folder, scan, ""))
     found = np.moveaxis(jax.jit(network.apply)(np.moveaxis(tile, 1, -1)), -1, 1)
     np.testing.assert_allclose(found, (logits[0] + logits[1]) / 2, atol=1e-4)
     assert network.record["folds"] == ["fold_0", "fold_1"]
     with pytest.raises(UserError, match=r"in fold_3. There are fold_0, fold_1"):
-        predict.open_network(config_for(folder, scan, "", folds=(3,)))
+        ensemble.open_network(config_for(folder, scan, "", folds=(3,)))
+
+
+def test_an_ensemble_has_the_mean_of_nnunets_probabilities(trained, tmp_path):
+    model, results, _, scan = trained
+    affine = nib.load(scan).affine
+    other = tmp_path / "other"
+    shutil.copytree(results, other)
+    path = other / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    for name, value in checkpoint["network_weights"].items():
+        value.mul_(0.7 if "seg_layers" in name else 1.05)
+    torch.save(checkpoint, path)
+    theirs = []
+    for folder in (results, other):
+        target = tmp_path / f"theirs_{folder.name}"
+        nnunet_predictor(folder, mirroring=False).predict_from_files_sequential(
+            [[str(scan)]], [str(target)], save_probabilities=True
+        )
+        # nnU-Net's reader gives [z, y, x].
+        saved = np.load(f"{target}.npz")["probabilities"]
+        saved = saved.transpose(0, 3, 2, 1).astype(np.float32)
+        if model["reader"] == "NibabelIOWithReorient":
+            saved = np.stack([geometry.from_canonical(one, affine) for one in saved])
+        theirs.append(saved)
+    assert np.abs(theirs[0] - theirs[1]).max() > 0.02
+    mean = (theirs[0] + theirs[1]) / 2
+
+    changes = {"inference.mirror_axes": (), "probabilities": ("liver", "tumor")}
+    config = config_for(str((str(results), str(other))), scan, tmp_path / "ours", **changes)
+    assert predict.run(config, tmp_path / "work") == 0
+    for index, name in enumerate(("liver", "tumor"), start=1):
+        ours = nib.load(tmp_path / "ours" / "scan" / "probabilities" / f"{name}.nii.gz")
+        apart = np.abs(np.asanyarray(ours.dataobj) - mean[index])
+        # nnU-Net sums tiles in float16, which tells little apart where they weigh least.
+        assert np.quantile(apart, 0.99) < 0.02
+        assert apart.mean() < 2e-3
+    labels = np.asanyarray(nib.load(tmp_path / "ours" / "scan.nii.gz").dataobj)
+    expected = mean.argmax(axis=0)
+    for value in (1, 2):
+        assert (expected == value).sum() > 50
+        assert dice(labels == value, expected == value) > 0.99
 
 
 @pytest.mark.parametrize("trained", ["residual"], indirect=True)
@@ -500,8 +542,8 @@ def test_an_exported_network_gives_the_same_labels_with_nnunet(name, tmp_path, r
     assert tuple(predictor.allowed_mirroring_axes) == (1, 2)
     predictor.predict_from_files_sequential([[str(scan)]], [str(tmp_path / "theirs")])
     theirs = np.asanyarray(nib.load(tmp_path / "theirs.nii.gz").dataobj)
-    network = predict.open_network(config_for(cell, scan, "", **{"inference.mirror_axes": (1, 2)}))
-    prepared = network.prepare(scan)
+    network = ensemble.open_network(config_for(cell, scan, "", **{"inference.mirror_axes": (1, 2)}))
+    prepared = network.prepare(read_ct(scan))
     logits = sliding_window.predict(
         network.apply, prepared.image, (16, 16, 8), **network.window | {"output": "logits"}
     )

@@ -6,7 +6,7 @@ sent through the sliding window, and the logits come back to the scan's grid, on
 preprocessing/preprocessors/default_preprocessor.py and inference/export_prediction.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, Shaped, UInt8
 from ml_collections import ConfigDict
 from scipy.ndimage import binary_fill_holes
 
 from tumorjax import models
+from tumorjax.anatomy import LABELS
 from tumorjax.errors import CaseError, UserError
 from tumorjax.files import check_case_id
 from tumorjax.geometry import from_canonical, spacing_of, to_canonical
@@ -27,7 +28,7 @@ from tumorjax.inference.network import Network, Prepared
 from tumorjax.inference.nnunet_resampling import painted, resample, separate_axis, winners
 from tumorjax.models import torch_weights
 from tumorjax.models.nnunet_plans import Plans, find_folds, read_fold, read_json, read_plans
-from tumorjax.nifti import Scan, check_hu, read_ct
+from tumorjax.nifti import LEAST_HU_RANGE, Scan, check_hu
 from tumorjax.settings import plain
 from tumorjax.training.checkpoints import compute_dtype
 
@@ -42,7 +43,7 @@ def open_network(
         folds: to average the logits of; empty: all that are there.
         inference: overlap, batch_size, and mirror_axes along the network's axes, None for those
             that the checkpoint allows.
-        form: of the output, "labels" or "structures".
+        form: of the output, "labels", "structures" or "dicom".
 
     Raises:
         UserError: a file is missing or unreadable, the files do not belong together, or the plans
@@ -60,14 +61,15 @@ def open_network(
             sorted(plans.labels.values.items(), key=lambda item: item[1]), start=1
         )
     ]
-    if form == "structures":
-        if plans.labels.regions:
-            raise UserError(
-                f"{folder}: predicts overlapping regions, of which each voxel of a label map"
-                " keeps one. Set config.form to labels"
-            )
-        for structure in table:
-            check_case_id(structure.name)
+    # Channels of regions are in the order of dataset.json.
+    names = list(plans.labels.values) if plans.labels.regions else [one.name for one in table]
+    if form != "labels" and plans.labels.regions:
+        raise UserError(
+            f"{folder}: predicts overlapping regions, of which each voxel of a label map"
+            " keeps one. Set config.form to labels"
+        )
+    for name in names if form == "structures" else ():
+        check_case_id(name)
     allowed = [int(axis) for axis in first.get("inference_allowed_mirroring_axes") or ()]
     axes = allowed if inference.mirror_axes is None else [int(a) for a in inference.mirror_axes]
     if not set(axes) <= set(allowed):
@@ -82,8 +84,13 @@ def open_network(
         plans.patch_size,
         settings | {"mirror_axes": axes, "skip_air": False, "output": "logits"},
         table,
-        lambda path: prepare_scan(path, plans),
+        {name: (name,) if name in LABELS else () for name in names},
+        # Other normalizations than CT's are for images in any unit.
+        LEAST_HU_RANGE if _is_ct(plans) else 0.0,
+        "",
+        lambda scan: prepare_scan(scan, plans),
         lambda logits, prepared: native_labels(logits, prepared, plans),
+        lambda logits, prepared, classes: native_probabilities(logits, prepared, plans, classes),
         {
             "nnunet": plain({"plans": plans_json, "dataset": dataset}),
             "folds": [path.parent.name for path in paths],
@@ -126,20 +133,17 @@ def _apply_of(
 # ---------------------------------------------------------------------------- there and back
 
 
-def prepare_scan(path: Path, plans: Plans) -> Prepared:
-    """Reads a scan and brings it to the grid and values that nnU-Net trained the network on.
+def prepare_scan(scan: Scan, plans: Plans) -> Prepared:
+    """Brings a scan to the grid and values that nnU-Net trained the network on.
 
     Raises:
-        CaseError: the file cannot be used.
+        CaseError: its values are not such as the network was trained on, or all of them are 0.
     """
-    # Other normalizations than CT's are for images in any unit.
-    is_ct = plans.normalization[0] == "CTNormalization"
-    scan = read_ct(path) if is_ct else read_ct(path, least_range=0.0)
-    if is_ct:
-        check_hu(str(path), scan.image)
+    if _is_ct(plans):
+        check_hu(scan.name, scan.image)
     image, spacing = _as_nnunet_reads(scan, plans)
     x, y, z = image.shape
-    crop = _nonzero_box(str(path), image)
+    crop = _nonzero_box(scan.name, image)
     image = normalize(image[crop].astype(np.float32), plans)
     grid = (spacing, plans.spacing)
     shape = [
@@ -180,20 +184,71 @@ def native_labels(
     logits: Float[np.ndarray, "a b c heads"], prepared: Prepared, plans: Plans
 ) -> UInt8[np.ndarray, "i j k"]:
     """Returns the label map on the scan's own grid, axes as in its file."""
-    box = [range(size)[side] for side, size in zip(prepared.crop, prepared.shape, strict=True)]
-    shape = [len(side) for side in box]
-    _, spacing = _as_nnunet_reads(prepared.scan, plans)
-    settings = plans.logits
-    axis = separate_axis(plans.spacing, spacing, settings["force_separate_z"])
-    orders = (settings["order"], settings["order_z"])
+    shape, axis, orders = _way_back(prepared, plans)
     if plans.labels.regions:
         inside = painted(logits, plans.labels.order, shape, axis, *orders)
     else:
         inside = winners(logits, shape, axis, *orders)
     labels = np.zeros(prepared.shape, np.uint8)
     labels[prepared.crop] = inside
-    labels = labels.transpose(np.argsort(plans.axes))
-    return from_canonical(labels, prepared.scan.affine) if plans.reorient else labels
+    return _as_in_file(labels, prepared, plans)
+
+
+def native_probabilities(
+    logits: Float[np.ndarray, "a b c heads"],
+    prepared: Prepared,
+    plans: Plans,
+    classes: Sequence[int],
+) -> Iterator[Float32[np.ndarray, "i j k"]]:
+    """Yields classes' probabilities on the scan's own grid, axes as in its file.
+
+    They are the softmax of the interpolated logits, of a region the sigmoid of its own. What
+    nnU-Net cuts off is background.
+
+    Args:
+        logits: of the sliding window.
+        prepared: the scan that they are of.
+        plans: of the network.
+        classes: their indices, 0 for background (which regions do not have).
+    """
+    shape, axis, orders = _way_back(prepared, plans)
+
+    def head(index: int) -> Float[np.ndarray, "a2 b2 c2"]:
+        return resample(logits[..., index], shape, axis, *orders)
+
+    total: Any = 0.0
+    if not plans.labels.regions:
+        total = np.array(head(0), copy=True)
+        for index in range(1, logits.shape[-1]):
+            np.logaddexp(total, head(index), out=total)
+    for index in classes:
+        if plans.labels.regions:
+            inside = 1 / (1 + np.exp(-head(index - 1)))
+        else:
+            inside = np.exp(head(index) - total)
+        whole = np.full(prepared.shape, float(index == 0), np.float32)
+        whole[prepared.crop] = inside
+        yield _as_in_file(whole, prepared, plans)
+
+
+def _is_ct(plans: Plans) -> bool:
+    return plans.normalization[0] == "CTNormalization"
+
+
+def _way_back(prepared: Prepared, plans: Plans) -> tuple[list[int], int | None, tuple[int, int]]:
+    """Returns shape, separate axis and spline orders of the way back to the scan's grid."""
+    box = [range(size)[side] for side, size in zip(prepared.crop, prepared.shape, strict=True)]
+    _, spacing = _as_nnunet_reads(prepared.scan, plans)
+    settings = plans.logits
+    axis = separate_axis(plans.spacing, spacing, settings["force_separate_z"])
+    return [len(side) for side in box], axis, (settings["order"], settings["order_z"])
+
+
+def _as_in_file(
+    volume: Shaped[np.ndarray, "a b c"], prepared: Prepared, plans: Plans
+) -> Shaped[np.ndarray, "i j k"]:
+    volume = volume.transpose(np.argsort(plans.axes))
+    return from_canonical(volume, prepared.scan.affine) if plans.reorient else volume
 
 
 def _as_nnunet_reads(

@@ -1,24 +1,20 @@
 """The job "prediction": CT scans in, masks on the scans' own grids out.
 
-A scan goes the way that training scans went (RAS+, the network's spacing and window), through the
-sliding window, and back (native_grid.py). For networks that nnU-Net trained, nnunet_model.py goes
-nnU-Net's way there and back.
+A scan is read (scans.py), seen by each network in its own way (trained_here.py, nnunet_model.py),
+the probabilities of several are averaged (ensemble.py), lesions that cannot be are removed
+(cleanup.py), and what is wanted of the case is written (outputs.py).
 """
 
 import errno
-import hashlib
-import itertools
 import json
 import logging
-import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,26 +22,24 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from tumorjax.anatomy import mirror_table
 from tumorjax.errors import CaseError, UserError
-from tumorjax.files import check_case_id, write_csv_atomic, write_json_atomic
-from tumorjax.geometry import from_canonical, prepare_image, spacing_of, to_canonical
-from tumorjax.inference import nnunet_model, sliding_window
-from tumorjax.inference.native_grid import Structure, native_labels, structures
+from tumorjax.files import read_csv, write_bytes_atomic, write_csv_atomic, write_json_atomic
+from tumorjax.geometry import spacing_of
+from tumorjax.inference import cleanup, ensemble, msd, outputs
+from tumorjax.inference.case_statistics import describe
 from tumorjax.inference.network import Network, Prepared
-from tumorjax.models import nnunet_plans
-from tumorjax.nifti import ENDINGS, Scan, check_hu, read_ct, write_mask
-from tumorjax.settings import first_difference, plain
-from tumorjax.training import checkpoints
+from tumorjax.inference.outputs import Wanted
+from tumorjax.inference.plan import Plan, check_output, check_places, check_settings, make_plan
+from tumorjax.inference.preview import WINDOW, Shown, preview
+from tumorjax.inference.scans import Source, find_scans, read_scan
+from tumorjax.locks import claimed, locked
+from tumorjax.nifti import Scan
 
-FORMS = ("labels", "structures")
-
-T = TypeVar("T")
-R = TypeVar("R")
+_COLUMNS = ("case", "stage", "reason")
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
-    """Predicts masks for all scans of a file or folder, see configs/prediction.py.
+    """Predicts masks for all scans of a file, folder or list, see configs/prediction.py.
 
     Returns:
         0, or 1 where cases were set aside: they are in workdir/rejected.csv.
@@ -54,203 +48,192 @@ def run(config: ConfigDict, workdir: Path) -> int:
         UserError: the config is wrong, or the output holds masks made with other settings.
     """
     workdir = Path(workdir)
-    if config.form not in FORMS:
-        raise UserError(f"config.form is {config.form!r}. Expected one of {', '.join(FORMS)}")
-    for key in ("checkpoint", "input"):
-        if not config[key]:
-            raise UserError(f"config.{key} is empty. Set it with --config.{key}=...")
+    check_settings(config)
     scans, rejected = find_scans(config.input)
     output = Path(config.output or workdir / "predictions")
-    if output.resolve() in (Path(config.input).resolve(), Path(config.input).resolve().parent):
-        raise UserError(f"{output}: config.output is where the scans are. Choose another folder")
-    network = open_network(config)
+    check_places(config, scans, output)
+    plan = make_plan(config, ensemble.open_networks(config))
 
-    waiting = {c: p for c, p in scans.items() if not mask_path(output, c, config.form).exists()}
-    _check_output(output, len(scans) - len(waiting), settings_record(config, network))
-    logging.info("%s: %d of %d scans to do", output, len(waiting), len(scans))
-    bar = tqdm(total=len(waiting), unit="scan", disable=not sys.stderr.isatty())
-    with bar:
-        for case, future in _ahead(network.prepare, waiting):
-            begin = time.perf_counter()
-            try:
-                prepared = future.result()
-                scores = sliding_window.predict(
-                    network.apply, prepared.image, network.patch_size, **network.window
-                )
-                labels = network.labels(scores, prepared)
-                _write(output, case, config.form, labels, prepared.scan, network.structures)
-            except (CaseError, MemoryError, jax.errors.JaxRuntimeError) as error:
-                rejected.append(_rejected(case, error))
-                logging.warning("set aside: %s", rejected[-1]["reason"])
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise UserError(
-                    f"{output}: no space left on the disk. Free some and run again: what is"
-                    " finished stays"
-                ) from error
-            bar.update()
-            logging.info("%s: %.1f s", case, time.perf_counter() - begin)
+    mine = dict(list(scans.items())[config.part :: config.num_parts])
+    waiting = {c: s for c, s in mine.items() if not outputs.is_finished(output, c, plan.wanted)}
+    has_masks = any(outputs.mask_path(output, case, config.form).exists() for case in scans)
+    check_output(output, has_masks, plan.record)
+    logging.info("%s: %d of %d scans to do", output, len(waiting), len(mine))
+    with _space_left(output):
+        done, set_aside, others = _predict(waiting, output, plan)
+    rejected += set_aside
+    seen = {*done, *(row["case"] for row in rejected)}
+    all_rejected = _list_rejected(workdir, rejected, seen, scans, output, plan.wanted)
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    if others:
+        print(f"{output}: {len(others)} scans are being worked on by other processes")
+    if config.msd:
+        with _space_left(output):
+            _submit(config.msd, scans, output, plan.wanted, bool(all_rejected))
     if rejected:
-        rejected.sort(key=lambda row: row["case"])
-        write_csv_atomic(workdir / "rejected.csv", rejected, ("case", "stage", "reason"))
         print(f"{output}: {len(rejected)} cases set aside, see {workdir / 'rejected.csv'}")
         return 1
-    (workdir / "rejected.csv").unlink(missing_ok=True)
-    state = f"masks of {len(waiting)} scans written" if waiting else "already finished"
-    print(f"{output}: {state}")
+    state = f"masks of {len(done)} scans written" if waiting else "already finished"
+    print(f"{output}: {state if mine else f'none of the scans is in part {config.part}'}")
     return 0
 
 
-# ---------------------------------------------------------------------------- networks
-
-
-def open_network(config: ConfigDict) -> Network:
-    """Opens the network of config.checkpoint, whether it was trained here or by nnU-Net.
-
-    Raises:
-        UserError: the folder holds neither, or what it holds does not belong together.
-    """
-    if nnunet_plans.is_model_folder(config.checkpoint):
-        if config.step is not None:
-            raise UserError(
-                f"config.step is {config.step}, but {config.checkpoint} is nnU-Net's and has no"
-                " steps. Leave it out"
-            )
-        return nnunet_model.open_network(
-            config.checkpoint, config.folds, config.inference, config.form
-        )
-    if config.folds:
+@contextmanager
+def _space_left(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
         raise UserError(
-            f"config.folds is {tuple(config.folds)}, but {config.checkpoint} is no model folder of"
-            " nnU-Net (no plans.json in it). Leave it out"
-        )
-    apply, trained = checkpoints.load_model(config.checkpoint, config.step)
-    table = structures(trained.task.classes)
-    window = plain(config.inference)
-    window["mirror_axes"] = window["mirror_axes"] or []
-    swap = mirror_table(trained.task.classes) if 0 in window["mirror_axes"] else None
-
-    def labels(probabilities: Any, prepared: Prepared) -> Any:
-        found = native_labels(probabilities, prepared.image, prepared.shape, table)
-        return from_canonical(found, prepared.scan.affine)
-
-    x, y, z = trained.training.patch_size
-    record = {
-        "classes": plain(trained.task.classes),
-        "spacing": list(trained.preparation.spacing),
-        "window": list(trained.preparation.window),
-        "order": trained.preparation.get("order", 3),
-    }
-    return Network(
-        apply,
-        (x, y, z),
-        window | {"mirror_table": swap},
-        table,
-        lambda path: prepare_scan(path, trained.preparation),
-        labels,
-        record,
-    )
+            f"{output}: no space left on the disk. Free some and run again: what is finished stays"
+        ) from error
 
 
 # ---------------------------------------------------------------------------- scans
 
 
-def find_scans(source: str | os.PathLike) -> tuple[dict[str, Path], list[dict[str, str]]]:
-    """Returns the scans of a file or folder by case id, and those that no id fits.
-
-    Args:
-        source: a NIfTI file; a folder of them; or a folder of folders with a ct.nii.gz.
+def _predict(
+    waiting: Mapping[str, Source], output: Path, plan: Plan
+) -> tuple[list[str], list[dict[str, str]], list[str]]:
+    """Predicts the scans that no other process works on.
 
     Returns:
-        Case id -> file, in alphabetical order. nnU-Net's channel suffix _0000 is no part of the id.
-        Rows (case, stage, reason) of what is set aside: unsafe ids, two files of one id, several
-        channels.
-
-    Raises:
-        UserError: there is no such file, or no scan in the folder.
+        Those done, rows of those set aside, and those that other processes hold.
     """
-    source = Path(source)
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder (config.input)")
-    if source.is_file():
-        if not source.name.endswith(ENDINGS):
-            raise UserError(f"{source}: expected a .nii.gz or .nii file, or a folder of them")
-        files = [source]
-    else:
-        files = sorted(
-            path
-            for path in [*source.iterdir(), *source.glob("*/ct.nii.gz")]
-            if path.is_file() and path.name.endswith(ENDINGS) and path.name[0] != "."
-        )
-    if not files:
-        raise UserError(
-            f"{source}: no .nii.gz or .nii file in it, and no CASE/ct.nii.gz. Give the folder that"
-            " holds the scans (nnU-Net: imagesTs)"
-        )
-    stems = {path: _stem(path, source) for path in files}
-    # A file ..._0001 is a second channel only beside a first one: else numbers end many a name.
-    first_channels = {s.removesuffix("_0000") for s in stems.values() if s.endswith("_0000")}
-    found: dict[str, list[Path]] = {}
-    for path, stem in stems.items():
-        base = stem[:-5]
-        is_channel = stem[-5:-4] == "_" and stem[-4:].isdigit() and base in first_channels
-        found.setdefault(base if is_channel else stem, []).append(path)
-
-    scans, rejected = {}, []
-    for case, paths in sorted(found.items()):
-        try:
-            check_case_id(case)
-            if len(paths) > 1:
-                names = ", ".join(str(path.relative_to(source)) for path in paths)
-                raise CaseError(case, f"{len(paths)} files of one case ({names})", "Keep one CT")
-            scans[case] = paths[0]
-        except (UserError, CaseError) as error:
-            rejected.append({"case": case, "stage": "find", "reason": str(error)})
-    return scans, rejected
+    done: list[str] = []
+    rejected: list[dict[str, str]] = []
+    bar = tqdm(total=len(waiting), unit="scan", disable=not sys.stderr.isatty())
+    with bar, ThreadPoolExecutor(1) as pool:
+        pending, others = list(waiting), list[str]()
+        while pending:
+            others = []
+            before = len(done)
+            ahead = _ahead(pool, pending, waiting, others, output, plan)
+            with closing(ahead):
+                for case, future in ahead:
+                    begin = time.perf_counter()
+                    try:
+                        _predict_case(case, future, output, plan)
+                        done.append(case)
+                    except (CaseError, MemoryError, jax.errors.JaxRuntimeError) as error:
+                        rejected.append(_rejected(case, error))
+                        logging.warning("set aside: %s", rejected[-1]["reason"])
+                    bar.update()
+                    logging.info("%s: %.1f s", case, time.perf_counter() - begin)
+            # Who held the others may have stopped while these were done.
+            pending = others if len(done) > before else []
+    return done, rejected, others
 
 
-def prepare_scan(path: str | os.PathLike, preparation: Any) -> Prepared:
-    """Reads a scan and brings it to the grid and values that the network was trained on.
+def _ahead(
+    pool: ThreadPoolExecutor,
+    cases: Sequence[str],
+    sources: Mapping[str, Source],
+    others: list[str],
+    output: Path,
+    plan: Plan,
+) -> Generator[tuple[str, Future[Any]], None, None]:
+    """Yields cases that are free, held while the caller uses them; the next is read meanwhile.
 
     Args:
-        path: NIfTI file.
-        preparation: spacing (mm), window (HU that become 0 and 1) and order of the training data.
-
-    Raises:
-        CaseError: the file cannot be used.
+        pool: that reads.
+        cases: in order.
+        sources: of the cases.
+        others: gets the cases that other processes hold.
+        output: where the results and the locks are.
+        plan: of the run.
     """
-    scan = read_ct(path)
-    check_hu(str(path), scan.image)
-    image, affine = to_canonical(scan.image, scan.affine)
-    prepared = prepare_image(
-        image,
-        spacing_of(affine),
-        preparation.spacing,
-        preparation.window,
-        preparation.get("order", 3),
+
+    def free() -> Iterator[tuple[str, ExitStack, Future[Any]]]:
+        for case in cases:
+            hold = ExitStack()
+            lock = output / f".{case}.lock"
+            if not hold.enter_context(claimed(lock)):
+                others.append(case)
+                hold.close()
+                continue
+            # Whoever waits for a lock that is removed looks at what is finished first.
+            hold.callback(lock.unlink, missing_ok=True)
+            if outputs.is_finished(output, case, plan.wanted):
+                hold.close()
+                continue
+            outputs.remove_leftovers(output, case)
+            yield case, hold, pool.submit(_read, sources[case], plan.networks)
+
+    rest = free()
+    held = [one for one in (next(rest, None),) if one]
+    try:
+        while held:
+            held += [one for one in (next(rest, None),) if one]
+            case, hold, future = held[0]
+            yield case, future
+            hold.close()
+            del held[0]
+    finally:
+        for _, hold, future in held:
+            future.cancel()
+            hold.close()
+
+
+def _read(source: Source, networks: Sequence[Network]) -> tuple[Scan, list[Prepared]]:
+    scan = read_scan(source, max(network.least_range for network in networks))
+    return scan, ensemble.prepare(networks, scan)
+
+
+def _predict_case(
+    case: str, read: Future[tuple[Scan, list[Prepared]]], output: Path, plan: Plan
+) -> None:
+    """Predicts a scan and writes what is wanted of it, the mask first."""
+    scan, prepared = read.result()
+    answered = ensemble.answers(plan.networks, prepared)
+    labels = ensemble.labels(answered)
+    if plan.rules.change_anything:
+        labels = labels if labels.flags.writeable else labels.copy()
+        removed = cleanup.clean(labels, spacing_of(scan.affine), plan.rules)
+        logging.info("%s: %d lesions removed", case, sum(removed.values()))
+    paths = outputs.paths_of(output, case, plan.wanted)
+    outputs.write_masks(
+        paths["mask"],
+        plan.wanted.form,
+        _as_written(labels, plan),
+        scan,
+        plan.written,
+        plan.segments,
+        json.dumps(plan.record, sort_keys=True),
     )
-    x, y, z = image.shape
-    return Prepared(scan, (x, y, z), prepared)
+    kept = [paths[f"probability of {name}"] for name in plan.wanted.probabilities]
+    if kept:
+        volumes = ensemble.probabilities(answered, plan.probabilities)
+        outputs.write_probabilities(kept, volumes, plan.wanted.probabilities, scan)
+    # The scores are the largest of all that is held.
+    del answered
+    named = [(one.name, one.value) for one in plan.table]
+    if plan.wanted.statistics or plan.wanted.preview:
+        world = "LPS" if scan.slices else "RAS"
+        found = describe(labels, scan.affine, named, plan.tumors, world)
+        if plan.wanted.statistics:
+            write_json_atomic(paths["statistics"], {"case": case} | found)
+        if plan.wanted.preview:
+            shown = [
+                Shown(n, v, n in plan.tumors, found["structures"][n]["volume_ml"]) for n, v in named
+            ]
+            window = WINDOW if plan.networks[0].least_range else None
+            picture = preview(case, scan.image, labels, scan.affine, shown, window)
+            write_bytes_atomic(paths["preview"], picture)
 
 
-def _stem(path: Path, source: Path) -> str:
-    if path.parent != source and path != source:
-        return path.parent.name
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+def _as_written(labels: UInt8[np.ndarray, "i j k"], plan: Plan) -> UInt8[np.ndarray, "i j k"]:
+    if plan.written == plan.table:
+        return labels
+    values = {one.name: one.value for one in plan.written}
+    table = np.zeros(256, np.uint8)
+    for one in plan.table:
+        table[one.value] = values.get(one.name, 0)
+    return table[labels]
 
 
-def _ahead(function: Callable[[T], R], items: Mapping[str, T]) -> Iterator[tuple[str, Future[R]]]:
-    """Yields results in order; the next one is worked on while the caller uses this one."""
-    with ThreadPoolExecutor(1) as pool:
-        rest = iter(items.items())
-        waiting = [(c, pool.submit(function, item)) for c, item in itertools.islice(rest, 1)]
-        while waiting:
-            current = waiting.pop()
-            waiting = [(c, pool.submit(function, item)) for c, item in itertools.islice(rest, 1)]
-            yield current
+# ---------------------------------------------------------------------------- after
 
 
 def _rejected(case: str, error: BaseException) -> dict[str, str]:
@@ -263,81 +246,50 @@ def _rejected(case: str, error: BaseException) -> dict[str, str]:
     return {"case": case, "stage": "predict", "reason": f"{case}: {reason}"}
 
 
-# ---------------------------------------------------------------------------- files
-
-
-def mask_path(output: Path, case: str, form: str) -> Path:
-    """Returns the file or folder that stands for a finished case."""
-    return output / f"{case}.nii.gz" if form == "labels" else output / case / "segmentations"
-
-
-def _write(
+def _list_rejected(
+    workdir: Path,
+    rejected: Sequence[dict[str, str]],
+    seen: set[str],
+    scans: Mapping[str, Source],
     output: Path,
-    case: str,
-    form: str,
-    labels: UInt8[np.ndarray, "i j k"],
-    scan: Scan,
-    table: Sequence[Structure],
-) -> None:
-    target = mask_path(output, case, form)
-    if form == "labels":
-        write_mask(target, labels, scan.header)
-        return
-    # All files of a case appear at once.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in target.parent.glob(".segmentations-*"):
-        shutil.rmtree(left_over)
-    aside = Path(tempfile.mkdtemp(prefix=".segmentations-", dir=target.parent))
-    try:
-        for structure in table:
-            mask = (labels == structure.value).astype(np.uint8)
-            write_mask(aside / f"{structure.name}.nii.gz", mask, scan.header)
-        aside.chmod(target.parent.stat().st_mode)
-        aside.rename(target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    wanted: Wanted,
+) -> list[dict[str, str]]:
+    """Writes rejected.csv: this run's cases, and others' that are still unfinished.
 
-
-def settings_record(config: ConfigDict, network: Network) -> dict[str, Any]:
-    """Returns all that masks depend on beside the scans, for labels.json.
-
-    Its "labels" are those of an nnU-Net dataset.json, so that the job "evaluation" can read it.
+    Returns:
+        All of its rows.
     """
-    hashed = hashlib.sha256()
-    for leaf in jax.tree.leaves(network.apply):
-        hashed.update(np.ascontiguousarray(leaf).tobytes())
-    # The batch size changes nothing but the speed; the mirror table follows from the classes.
-    inference = {k: v for k, v in network.window.items() if k not in ("batch_size", "mirror_table")}
-    names = {structure.name: structure.value for structure in network.structures}
-    return {
-        "labels": {"background": 0} | names,
-        "form": config.form,
-        "inference": inference,
-        "patch_size": list(network.patch_size),
-        **network.record,
-        "weights_sha256": hashed.hexdigest(),
-    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "rejected.csv"
+    if not rejected and not path.is_file():
+        return []
+    with locked(workdir / ".rejected.lock"):
+        rows = {row["case"]: row for row in (read_csv(path) if path.is_file() else [])}
+        others = {
+            case: row
+            for case, row in rows.items()
+            if case in scans and case not in seen and not outputs.is_finished(output, case, wanted)
+        }
+        rows = others | {row["case"]: row for row in rejected}
+        if rows:
+            write_csv_atomic(path, [rows[case] for case in sorted(rows)], _COLUMNS)
+        else:
+            path.unlink(missing_ok=True)
+    return list(rows.values())
 
 
-def _check_output(output: Path, finished: int, record: dict[str, Any]) -> None:
-    """Writes labels.json, or compares with the one that is there: masks must not be mixed."""
-    path = output / "labels.json"
-    if not path.is_file():
-        if finished:
-            raise UserError(
-                f"{output}: holds masks of {finished} of the scans, but no labels.json that says"
-                " how they were made. Choose another config.output"
-            )
-        write_json_atomic(path, record)
+def _submit(
+    name: str, scans: Mapping[str, Source], output: Path, wanted: Wanted, rejected: bool
+) -> None:
+    """Writes and checks the archive of a task of the Decathlon, once all its masks are there."""
+    path = output / f"{name}.zip"
+    missing = [case for case in scans if not outputs.is_finished(output, case, wanted)]
+    if missing or rejected:
+        print(f"{output}: no {path.name} yet, since not all masks are there")
         return
-    try:
-        before = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}). Remove it") from error
-    difference = first_difference(before, record, "labels.json")
-    if difference:
-        raise UserError(
-            f"{output}: holds masks made with other settings ({difference}). Choose another"
-            " config.output, or remove it"
-        )
+    masks = {case: outputs.mask_path(output, case, wanted.form) for case in scans}
+    msd.write_archive(path, name, masks)
+    msd.check_archive(path, name, {case: source.path for case, source in scans.items()})
+    expected = msd.task_of(name).images
+    note = "" if len(scans) == expected else f" (the challenge has {expected} test images)"
+    print(f"{path}: {len(scans)} masks, checked against their images{note}")

@@ -1,16 +1,15 @@
 """The cells of a study, and how threads and processes share them."""
 
-import fcntl
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tumorjax.errors import UserError
+from tumorjax.locks import claimed
 
 T = TypeVar("T")
 
@@ -55,28 +54,6 @@ def cells(settings: Mapping[str, Any]) -> list[Cell]:
         for n_real in sorted(settings["n_real"])
         for arm in settings["arms"]
     ]
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file; waits while another process holds it. A killed holder lets go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Holds a lock file if nobody else does; yields whether it was free."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def share(

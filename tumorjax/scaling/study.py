@@ -23,6 +23,7 @@ from tumorjax.clock import Clock
 from tumorjax.data import cohort
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv, write_csv_atomic, write_json_atomic
+from tumorjax.locks import locked
 from tumorjax.scaling import grid, laws, report
 from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
 from tumorjax.settings import first_difference, plain
@@ -57,7 +58,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         print(f"{workdir}: already finished, see {workdir / 'report' / 'index.html'}")
         return 1 if _rejected(workdir) else 0
     mesh = parallel.make_mesh(config.mesh)
-    with clock("prepare"), grid.locked(workdir / ".prepare.lock"):
+    with clock("prepare"), locked(workdir / ".prepare.lock"):
         store, rejected = _prepare(config, workdir)
     records = {case: store.record(case) for case in store.cases}
     classes = config.task.classes
@@ -71,7 +72,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     )
     synthetic_store, implants = None, []
     if "real+synthetic" in config.grid.arms:
-        with clock("synthesize"), grid.locked(workdir / ".synthesize.lock"):
+        with clock("synthesize"), locked(workdir / ".synthesize.lock"):
             implants = cohort.plan_synthetic(
                 split,
                 records,
@@ -111,7 +112,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         {"case": cell.id, "stage": "cell", "reason": f"{type(error).__name__}: {error}"}
         for cell, error in failed.items()
     ]
-    with grid.locked(workdir / ".report.lock"):
+    with locked(workdir / ".report.lock"):
         if not _finished(workdir):
             _gather(config, workdir, folders, rejected, clock)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
@@ -149,7 +150,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         )
     path = workdir / "config.json"
     wanted = {key: value for key, value in plain(config).items() if key not in _FREE}
-    with grid.locked(workdir / ".config.lock"):
+    with locked(workdir / ".config.lock"):
         if path.is_file():
             known = {k: v for k, v in json.loads(path.read_text()).items() if k not in _FREE}
             difference = first_difference(known, wanted)
