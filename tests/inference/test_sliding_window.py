@@ -314,7 +314,7 @@ def test_partial_functions_and_jitted_ones_are_networks_too(rng):
 )
 def test_slabs_of_any_height_are_the_whole_bit_for_bit(rng, shape, overlap, height):
     apply, volume = random_network(rng), rng.random(shape).astype(np.float32)
-    volume[20:] *= rng.random(len(volume[20:]))[:, None, None] > 0.6
+    volume[12:33] = 0  # some slabs of nothing but air
     arguments = (apply, volume, (8, 8, 8), overlap)
     settings = {"skip_air": True, "output": "logits"}
     found = predict(*arguments, **settings)
@@ -325,6 +325,25 @@ def test_slabs_of_any_height_are_the_whole_bit_for_bit(rng, shape, overlap, heig
     assert [low for low, _ in slabs] == list(np.cumsum([0, *(s.shape[1] for _, s in slabs)])[:-1])
     assert max(planes.shape[1] for _, planes in slabs) <= height
     assert (len(slabs) == 1) == (height >= shape[0])
+
+
+def test_long_stretches_of_air_are_handed_over_as_they_pass(rng, monkeypatch):
+    taken, mean = [], sliding_window._mean
+
+    def recorded(*arguments):
+        taken.append(arguments[1])
+        return mean(*arguments)
+
+    monkeypatch.setattr(sliding_window, "_mean", recorded)
+    volume = np.zeros((120, 8, 8), np.float32)
+    volume[[3, -3]] = rng.random((2, 8, 8))
+    planes = 0
+    slabs = predict_planes(random_network(rng), volume, (8, 8, 8), skip_air=True)
+    for count, (low, slab) in enumerate(slabs, start=1):
+        assert low == planes
+        assert len(taken) - count <= 2
+        planes += slab.shape[1]
+    assert planes == 120
 
 
 def test_device_memory_does_not_grow_with_length(rng, monkeypatch):

@@ -12,6 +12,9 @@ device only to hand over no more than the batch after the present one.
 Along y and z the sums are rounded up to multiples of 32 voxels: scans of 200 to 400 voxels an axis
 then share a few small programs (0.1 s each to compile) for 4 to 8 % of unused voxels an axis on
 average. No tile is computed for them.
+
+On a CPU parts of a network's forward pass keep only one core busy. A mesh whose "data" are as many
+devices as there are cores (`parallel.split_cpu`) takes 0.7 of the time (benchmarks/inference.py).
 """
 
 import functools
@@ -129,18 +132,8 @@ def predict(
     """
     volume = np.asarray(volume, np.float32)
     result: np.ndarray | None = None
-    for low, planes in predict_planes(
-        apply,
-        volume,
-        patch_size,
-        overlap,
-        mirror_axes,
-        batch_size,
-        mirror_table,
-        skip_air,
-        output,
-        mesh,
-    ):
+    tiles = (overlap, mirror_axes, batch_size, mirror_table, skip_air)
+    for low, planes in predict_planes(apply, volume, patch_size, *tiles, output, mesh):
         if result is None:
             result = np.empty((len(planes), *volume.shape), np.float32)
         result[:, low : low + planes.shape[1]] = planes
@@ -180,13 +173,7 @@ def predict_planes(
     volume = np.asarray(volume, np.float32)
     _check(volume, patch, overlap, axes, batch_size, output, mesh)
 
-    missing = [max(size - length, 0) for size, length in zip(patch, volume.shape, strict=True)]
-    before = [size // 2 for size in missing]
-    inside = tuple(slice(low, low + size) for low, size in zip(before, volume.shape, strict=True))
-    if any(missing):
-        volume = np.pad(
-            volume, [(low, total - low) for low, total in zip(before, missing, strict=True)]
-        )
+    volume, inside = _padded(volume, patch)
     starts = list(itertools.product(*tile_starts(volume.shape, patch, overlap)))
     if skip_air:
         starts = [start for start in starts if volume[_tile(start, patch)].max() > 0]
@@ -200,19 +187,20 @@ def predict_planes(
     forward = _forward(apply, mesh)
     lanes = 1 if mesh is None else mesh.shape["data"]
     size = batch_size * lanes
-    like = jax.eval_shape(
-        forward, jax.ShapeDtypeStruct((size, *patch, 1), jnp.float32), flips[0], table, share
-    )
-    sums_shape = (lanes, like.shape[1], patch[0] + height, *map(_bucket, volume.shape[1:]))
-    sums = jnp.zeros(
-        sums_shape, device=None if mesh is None else parallel.by_class(mesh, sums_shape)
-    )
+    batch_like = jax.ShapeDtypeStruct((size, *patch, 1), jnp.float32)
+    channels = jax.eval_shape(forward, batch_like, flips[0], table, share).shape[1]
+    sums_shape = (lanes, channels, patch[0] + height, *map(_bucket, volume.shape[1:]))
+    sharding = None if mesh is None else parallel.by_class(mesh, sums_shape)
+    sums = jnp.zeros(sums_shape, device=sharding)
+
+    def fetched(first: int, planes: slice, slab: Array) -> tuple[int, np.ndarray]:
+        return first - inside[0].start, np.asarray(slab)[:, planes, inside[1], inside[2]]
 
     computing: deque[Array] = deque()
-    finished: list[tuple[int, int, Array]] = []
+    finished: deque[tuple[int, slice, Array]] = deque()
     base = 0
     for batch in [*_batches(starts, size, height), None]:
-        ready, finished = finished, []
+        ready = len(finished)
         if batch:
             filled = batch + batch[-1:] * (size - len(batch))
             tiles = np.stack([volume[_tile(start, patch)] for start in filled])[..., None]
@@ -226,24 +214,38 @@ def predict_planes(
         end = batch[0][0] if batch else volume.shape[0]
         while base < end and (not batch or batch[-1][0] > base + height):
             count = min(height, end - base)
-            slab = _mean(sums, height, output == "probabilities")
-            slab.copy_to_host_async()
-            finished.append((base, count, slab))
+            first, last = max(base, inside[0].start), min(base + count, inside[0].stop)
+            if first < last:
+                slab = _mean(sums, height, output == "probabilities")
+                slab.copy_to_host_async()
+                finished.append((first, slice(first - base, last - base), slab))
             sums = _shift(sums, np.int32(count))
             base += count
+            # Through long stretches of air: the device shall not hold them all.
+            if len(finished) > 2:
+                yield fetched(*finished.popleft())
+                ready -= 1
         if batch:
             offsets = np.array(filled, np.int32) - np.array([base, 0, 0], np.int32)
             sums = _add(sums, logits, offsets, np.arange(size) < len(batch), mesh)
         if len(computing) > 1:
             jax.block_until_ready(computing.popleft())
-        for low, count, slab in ready if batch else ready + finished:
-            kept = slice(max(low, inside[0].start), min(low + count, inside[0].stop))
-            if kept.start < kept.stop:
-                planes = slice(kept.start - low, kept.stop - low)
-                yield (
-                    kept.start - inside[0].start,
-                    np.asarray(slab)[:, planes, inside[1], inside[2]],
-                )
+        # Slabs of this batch are not done before it is; those of earlier ones are.
+        for _ in range(ready if batch else len(finished)):
+            yield fetched(*finished.popleft())
+
+
+def _padded(
+    volume: Float[np.ndarray, "x y z"], patch: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "x2 y2 z2"], tuple[slice, ...]]:
+    """Returns the volume, with air around it where it is smaller than the patch, and its place."""
+    missing = [max(size - length, 0) for size, length in zip(patch, volume.shape, strict=True)]
+    before = [size // 2 for size in missing]
+    inside = tuple(slice(low, low + size) for low, size in zip(before, volume.shape, strict=True))
+    if any(missing):
+        widths = [(low, total - low) for low, total in zip(before, missing, strict=True)]
+        volume = np.pad(volume, widths)
+    return volume, inside
 
 
 def _batches(
