@@ -26,6 +26,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*", PartitionSpec()),
 )
 BATCH = PartitionSpec("data", "space")
+SAMPLES = PartitionSpec("data")
 
 
 def start_processes(settings: Mapping[str, Any]) -> None:
@@ -107,6 +108,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch [b, x, y, z, ...]: samples over "data", x over "space"."""
     return NamedSharding(mesh, BATCH)
+
+
+def by_class(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of [b, classes, ...]: b over "data", classes over "space" where they divide."""
+    split = shape[1] % mesh.shape["space"] == 0
+    return NamedSharding(mesh, BATCH if split else SAMPLES)
 
 
 def parameter_shardings(mesh: Mesh, parameters: Mapping[str, Array]) -> dict[str, NamedSharding]:

@@ -8,13 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 
+from tumorjax import models, parallel
 from tumorjax.anatomy import mirror_table
 from tumorjax.errors import UserError
-from tumorjax.inference.sliding_window import AIR_LOGIT, gaussian_weights, predict, tile_starts
+from tumorjax.inference import sliding_window
+from tumorjax.inference.sliding_window import (
+    AIR_LOGIT,
+    gaussian_weights,
+    predict,
+    predict_planes,
+    tile_starts,
+)
 
 CLASSES = 3
 
@@ -118,7 +127,6 @@ def test_tiles_and_weights_against_nnunet_itself():
     np.testing.assert_allclose(gaussian_weights(patch), weights.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("accumulate", ["host", "device"])
 @pytest.mark.parametrize(
     ("shape", "patch", "overlap", "mirror_axes"),
     [
@@ -129,15 +137,15 @@ def test_tiles_and_weights_against_nnunet_itself():
         ((12, 8, 10), (12, 8, 10), 0.0, ()),
     ],
 )
-def test_equals_a_plain_loop(rng, shape, patch, overlap, mirror_axes, accumulate):
+def test_equals_a_plain_loop(rng, shape, patch, overlap, mirror_axes):
     apply, volume = random_network(rng), rng.random(shape).astype(np.float32)
     expected = reference_logits(apply, volume, patch, overlap, mirror_axes)
     arguments = (apply, volume, patch, overlap, mirror_axes)
-    logits = predict(*arguments, accumulate=accumulate, output="logits")
+    logits = predict(*arguments, output="logits")
     assert logits.shape == (*shape, CLASSES)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected, atol=2e-5)
-    probabilities = predict(*arguments, accumulate=accumulate)
+    probabilities = predict(*arguments)
     np.testing.assert_allclose(probabilities, softmax(expected, axis=-1), atol=1e-5)
 
 
@@ -205,11 +213,10 @@ def count_traces(apply):
     return counted, traces
 
 
-@pytest.mark.parametrize("accumulate", ["host", "device"])
-def test_one_trace_for_volumes_of_all_shapes(rng, accumulate):
+def test_one_trace_for_volumes_of_all_shapes(rng):
     counted, traces = count_traces(random_network(rng))
     for shape in [(20, 20, 20), (31, 9, 17), (5, 6, 7), (40, 24, 12)]:
-        predict(counted, rng.random(shape), (8, 8, 8), mirror_axes=(0, 1), accumulate=accumulate)
+        predict(counted, rng.random(shape), (8, 8, 8), mirror_axes=(0, 1))
     assert traces == [(2, 8, 8, 8, 1)]
 
 
@@ -244,22 +251,19 @@ def test_a_module_is_seen_with_its_present_weights(rng):
         np.testing.assert_allclose(logits, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", ["host", "device"])
-def test_air_is_background_and_the_rest_is_as_without_skipping(rng, accumulate):
+def test_air_is_background_and_the_rest_is_as_without_skipping(rng):
     apply = random_network(rng)
     volume = np.zeros((40, 16, 16), np.float32)
     volume[:11] = rng.random((11, 16, 16))
-    full = predict(apply, volume, (8, 8, 8), accumulate=accumulate)
-    skipped = predict(apply, volume, (8, 8, 8), skip_air=True, accumulate=accumulate)
+    full = predict(apply, volume, (8, 8, 8))
+    skipped = predict(apply, volume, (8, 8, 8), skip_air=True)
     # Tiles start at 0, 4, 8, 12 ...: those from 12 on are skipped, voxels from 16 on see no other.
     np.testing.assert_allclose(skipped[:12], full[:12], atol=1e-6)
     np.testing.assert_array_equal(skipped[16:], np.broadcast_to([1, 0, 0], (24, 16, 16, 3)))
 
-    empty = predict(apply, np.zeros((9, 9, 9)), (8, 8, 8), skip_air=True, accumulate=accumulate)
+    empty = predict(apply, np.zeros((9, 9, 9)), (8, 8, 8), skip_air=True)
     np.testing.assert_array_equal(empty, np.broadcast_to([1, 0, 0], (9, 9, 9, 3)))
-    logits = predict(
-        apply, volume, (8, 8, 8), skip_air=True, output="logits", accumulate=accumulate
-    )
+    logits = predict(apply, volume, (8, 8, 8), skip_air=True, output="logits")
     np.testing.assert_array_equal(logits[30, 3, 3], [0, AIR_LOGIT, AIR_LOGIT])
 
 
@@ -284,10 +288,13 @@ def test_half_precision_networks_are_averaged_in_single_precision(rng):
         ({"volume": np.ones((4, 4))}, "three axes"),
         ({"patch_size": (8, 8)}, "three axes"),
         ({"output": "masks"}, "'probabilities' or 'logits'"),
+        ({"patch_size": (6, 8, 8), "mesh": {"space": 4}}, "does not divide over 4 devices"),
     ],
 )
 def test_senseless_settings_are_named(change, found):
     arguments = {"apply": jnp.sin, "volume": np.ones((8, 8, 8)), "patch_size": (8, 8, 8)} | change
+    if "mesh" in change:
+        arguments["mesh"] = parallel.make_mesh({"space": 4}, jax.devices()[:4])
     with pytest.raises(UserError, match=found):
         predict(**arguments)
 
@@ -299,3 +306,128 @@ def test_partial_functions_and_jitted_ones_are_networks_too(rng):
     for apply in (functools.partial(jnp.multiply, kernel), jax.jit(lambda x: x * kernel)):
         logits = predict(apply, volume, (8, 8, 8), output="logits")
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "overlap", "height"),
+    [((45, 12, 17), 0.5, 45), ((45, 12, 17), 0.5, 11), ((30, 9, 9), 0.0, 16), ((5, 9, 9), 0.75, 9)],
+)
+def test_slabs_of_any_height_are_the_whole_bit_for_bit(rng, shape, overlap, height):
+    apply, volume = random_network(rng), rng.random(shape).astype(np.float32)
+    volume[12:33] = 0  # some slabs of nothing but air
+    arguments = (apply, volume, (8, 8, 8), overlap)
+    settings = {"skip_air": True, "output": "logits"}
+    found = predict(*arguments, **settings)
+    slabs = list(predict_planes(*arguments, **settings, height=height))
+    np.testing.assert_array_equal(
+        np.concatenate([s for _, s in slabs], axis=1), found.transpose(3, 0, 1, 2)
+    )
+    assert [low for low, _ in slabs] == list(np.cumsum([0, *(s.shape[1] for _, s in slabs)])[:-1])
+    assert max(planes.shape[1] for _, planes in slabs) <= height
+    assert (len(slabs) == 1) == (height >= shape[0])
+
+
+def test_long_stretches_of_air_are_handed_over_as_they_pass(rng, monkeypatch):
+    taken, mean = [], sliding_window._mean
+
+    def recorded(*arguments):
+        taken.append(arguments[1])
+        return mean(*arguments)
+
+    monkeypatch.setattr(sliding_window, "_mean", recorded)
+    volume = np.zeros((120, 8, 8), np.float32)
+    volume[[3, -3]] = rng.random((2, 8, 8))
+    planes = 0
+    slabs = predict_planes(random_network(rng), volume, (8, 8, 8), skip_air=True)
+    for count, (low, slab) in enumerate(slabs, start=1):
+        assert low == planes
+        assert len(taken) - count <= 2
+        planes += slab.shape[1]
+    assert planes == 120
+
+
+def test_device_memory_does_not_grow_with_length(rng, monkeypatch):
+    sizes = []
+    zeros = jnp.zeros
+
+    def recorded(shape, *arguments, **settings):
+        sizes.append(shape)
+        return zeros(shape, *arguments, **settings)
+
+    apply = random_network(rng)
+    monkeypatch.setattr(jnp, "zeros", recorded)
+    for length in (9, 33, 70):
+        predict(apply, rng.random((length, 20, 40)), (8, 8, 8))
+    assert set(sizes) == {(1, CLASSES + 1, 12, 32, 64)}
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8}, {"space": 2}, {"data": 2, "space": 4}, {"data": 4, "fsdp": 2}]
+)
+@pytest.mark.parametrize(("batch_size", "classes"), [(1, 3), (3, 4)])
+def test_a_mesh_gives_what_one_device_gives(rng, sizes, batch_size, classes):
+    count = int(np.prod(list(sizes.values())))
+    mesh = parallel.make_mesh(sizes, jax.devices()[:count])
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 3, 1, classes)), jnp.float32)
+
+    def network(kernel, x):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+        # The mean over a tile, as in instance normalization, is one over all its devices.
+        return jnp.tanh(y - y.mean((1, 2, 3), keepdims=True))
+
+    volume = rng.random((30, 12, 17)).astype(np.float32)
+    volume[21:, :, 9:] = 0
+    settings = {"mirror_axes": (0, 2), "skip_air": True, "batch_size": batch_size}
+    one = predict(Partial(network, kernel), volume, (8, 8, 8), **settings)
+    for apply in (Partial(network, kernel), functools.partial(network, kernel)):
+        several = predict(apply, volume, (8, 8, 8), **settings, mesh=mesh)
+        np.testing.assert_allclose(several, one, atol=1e-6)
+
+
+def test_tiles_and_sums_lie_where_the_mesh_says():
+    mesh = parallel.make_mesh({"data": 2, "space": 4})
+    assert parallel.by_class(mesh, (2, 8, 5)).spec == PartitionSpec("data", "space")
+    assert parallel.by_class(mesh, (2, 7, 5)).spec == PartitionSpec("data")
+
+
+def test_the_loop_is_one_batch_ahead_of_the_device(rng, monkeypatch):
+    events, batches = [], []
+    compiled = sliding_window._forward(random_network(rng), None)
+    wait = jax.block_until_ready
+
+    def forward(tiles, *arguments):
+        logits = compiled(tiles, *arguments)
+        if isinstance(tiles, np.ndarray):
+            events.append(("hand over", len(batches)))
+            batches.append(logits)
+        return logits
+
+    def recorded(logits):
+        events.append(("wait", next(i for i, batch in enumerate(batches) if batch is logits)))
+        return wait(logits)
+
+    monkeypatch.setattr(sliding_window, "_forward", lambda apply, mesh: forward)
+    monkeypatch.setattr(jax, "block_until_ready", recorded)
+    predict(None, rng.random((16, 12, 12)).astype(np.float32), (8, 8, 8))
+    assert len(batches) == 6
+    expected = [("hand over", 0)]
+    for batch in range(1, 6):
+        expected += [("hand over", batch), ("wait", batch - 1)]
+    assert events[:11] == expected
+
+
+def test_a_network_in_bfloat16_agrees_with_float32(rng):
+    settings = {"classes": 3, "widths": (4, 8), "blocks": (1, 1), "stages": 2, "seed": 3}
+    single = models.create("resenc_unet", **settings, deep_supervision=False)
+    half = models.create("resenc_unet", **settings, deep_supervision=False, dtype="bfloat16")
+    volume = rng.random((24, 16, 16)).astype(np.float32)
+    expected, found = (predict(m, volume, (16, 16, 16), output="logits") for m in (single, half))
+    assert found.dtype == np.float32
+    spread = expected.std()
+    assert 1e-5 * spread < np.abs(found - expected).mean() < 0.02 * spread
+    margin = np.diff(np.sort(expected, axis=-1)[..., 1:])[..., 0]
+    sure = margin > 0.1 * spread
+    assert sure.mean() > 0.5
+    np.testing.assert_array_equal(found.argmax(-1)[sure], expected.argmax(-1)[sure])

@@ -1,18 +1,17 @@
-"""From a network's probabilities to labels on a scan's own grid.
+"""From a network's scores to labels and probabilities on a scan's own grid.
 
-Class by class, with a running best: no more than one class is ever held at the scan's resolution,
-and each only where it may win. (Holding classes x voxels is what exhausts memory elsewhere:
-nnU-Net's issues 1128, 2014, 2912.)
+No class is ever held at the scan's resolution: see `class_scores`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Num, UInt8
+from jaxtyping import Float, Float16, Num, UInt8
 
 from tumorjax.anatomy import LABELS, PAIRS, class_table
 from tumorjax.geometry import axis_matrix
+from tumorjax.inference.class_scores import best_classes, class_probabilities
 
 
 class Structure(NamedTuple):
@@ -56,7 +55,7 @@ def structures(classes: Mapping[str, Sequence[str]]) -> list[Structure]:
 
 
 def native_labels(
-    probabilities: Float[np.ndarray, "x y z classes+1"],
+    scores: Float[np.ndarray, "x y z classes+1"],
     image: Float[np.ndarray, "x y z"],
     shape: tuple[int, int, int],
     table: Sequence[Structure],
@@ -64,16 +63,16 @@ def native_labels(
     """Returns the label map on another grid of the same extent.
 
     Args:
-        probabilities: of background and the task's classes.
+        scores: logits or probabilities of background and the task's classes.
         image: that they are of, [0, 1], to find the middle of the body in.
         shape: of the grid wanted.
         table: what the output tells apart.
 
     Returns:
-        The most probable class of each voxel, after linear interpolation of the probabilities,
+        The class of the highest score of each voxel, after linear interpolation of the scores,
         as the values of `table`.
     """
-    winner = argmax_on_grid(probabilities, shape)
+    labels = argmax_on_grid(scores, shape)
     left, right = np.zeros((2, 256), np.uint8)
     for structure in table:
         if structure.side != "right":
@@ -82,72 +81,51 @@ def native_labels(
             right[structure.class_index] = structure.value
     # x runs from the patient's left to the right.
     middle = round(body_middle(image) * shape[0])
-    return np.concatenate([left[winner[:middle]], right[winner[middle:]]])
+    for part, values in ((labels[:middle], left), (labels[middle:], right)):
+        for plane in part:
+            plane[...] = values[plane]
+    return labels
 
 
 def argmax_on_grid(
-    probabilities: Float[np.ndarray, "x y z classes"], shape: tuple[int, int, int]
+    scores: Float[np.ndarray, "x y z classes"], shape: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "x2 y2 z2"]:
-    """Returns the most probable class on another grid of the same extent.
+    """Returns the class of the highest score on another grid of the same extent.
 
-    Probabilities are interpolated linearly (averaged along axes that shrink), one class at a time
-    and only in the box where it may win: the best of n probabilities is at least 1/n, and
-    interpolation stays between the values it lies between. Outside all boxes is background.
+    The same as `geometry.resample_to_shape` of every class with order 1 (linear, averaging along
+    axes that shrink) and then argmax, without the memory.
+
+    Args:
+        scores: logits or probabilities.
+        shape: of the grid wanted.
     """
-    classes = probabilities.shape[-1]
-    matrices = [
-        axis_matrix(old, new, 1) for old, new in zip(probabilities.shape[:3], shape, strict=True)
-    ]
-    boxes = {}
-    for index in range(1, classes):
-        may_win = probabilities[..., index] > 0.999 / classes
-        if may_win.any():
-            boxes[index] = [
-                _reached(matrix, may_win.any(axis=others))
-                for matrix, others in zip(matrices, ((1, 2), (0, 2), (0, 1)), strict=True)
-            ]
-    winner = np.zeros(shape, np.uint8)
-    if not boxes:
-        return winner
-    union = [
-        slice(min(side.start for side in sides), max(side.stop for side in sides))
-        for sides in zip(*boxes.values(), strict=True)
-    ]
-    best = np.zeros(shape, np.float32)
-    best[tuple(union)] = _interpolated(probabilities[..., 0], matrices, union)
-    for index, box in boxes.items():
-        where = tuple(box)
-        one = _interpolated(probabilities[..., index], matrices, box)
-        better = one > best[where]
-        winner[where][better] = index
-        np.copyto(best[where], one, where=better)
-    return winner
+    return best_classes(scores, _matrices(scores, shape))
 
 
-def _reached(matrix: Float[np.ndarray, "new old"], used: Bool[np.ndarray, "old"]) -> slice:
-    """Returns the range of new voxels that have weight from some used old one."""
-    rows = np.flatnonzero(matrix[:, used].any(axis=1))
-    return slice(int(rows[0]), int(rows[-1]) + 1)
+def native_probabilities(
+    scores: Float[np.ndarray, "x y z classes"],
+    shape: tuple[int, int, int],
+    classes: Sequence[int],
+    logits: bool = False,
+) -> Iterator[tuple[slice, Float16[np.ndarray, "chosen rows y2 z2"]]]:
+    """Yields the probabilities of chosen classes on another grid of the same extent, in slabs.
+
+    Args:
+        scores: probabilities, which are interpolated linearly; or
+        logits: the scores are logits: they are interpolated, then made probabilities.
+        shape: of the grid wanted.
+        classes: those wanted, as indices into the scores.
+
+    Yields:
+        The slab's place along x, in order, and its probabilities.
+    """
+    return class_probabilities(scores, _matrices(scores, shape), classes, softmax=logits)
 
 
-def _interpolated(
-    values: Float[np.ndarray, "x y z"],
-    matrices: Sequence[Float[np.ndarray, "new old"]],
-    box: Sequence[slice],
-) -> Float[np.ndarray, "x2 y2 z2"]:
-    """Returns one box of a volume on the new grid."""
-    parts = []
-    for matrix, side in zip(matrices, box, strict=True):
-        columns = np.flatnonzero(matrix[side].any(axis=0))
-        parts.append((slice(int(columns[0]), int(columns[-1]) + 1), side))
-    values = values[tuple(old for old, _ in parts)]
-    # Axes that shrink most go first: less is left for the others.
-    for axis in sorted(
-        range(3), key=lambda axis: matrices[axis].shape[0] / matrices[axis].shape[1]
-    ):
-        old, new = parts[axis]
-        values = np.moveaxis(np.tensordot(matrices[axis][new, old], values, (1, axis)), 0, axis)
-    return values
+def _matrices(
+    scores: Float[np.ndarray, "x y z classes"], shape: Sequence[int]
+) -> list[Float[np.ndarray, "new old"]]:
+    return [axis_matrix(old, new, 1) for old, new in zip(scores.shape[:3], shape, strict=True)]
 
 
 def body_middle(image: Num[np.ndarray, "x y z"]) -> float:

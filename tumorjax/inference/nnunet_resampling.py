@@ -2,18 +2,19 @@
 
 The same numbers as nnU-Net's resample_data_or_seg_to_shape (nnunetv2 2.8.1, which calls
 skimage.transform.resize and scipy.ndimage.map_coordinates), as one matrix an axis: a spline over a
-grid is a linear map of each axis alone, so `slabs` does the work, and no array of classes x voxels
-is ever held.
+grid is a linear map of each axis alone, so `slabs` and `class_scores` do the work, and no array of
+classes x voxels is ever held.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Float16, Num, UInt8
 from scipy import ndimage
 
+from tumorjax.inference.class_scores import best_classes, class_probabilities
 from tumorjax.resampling import Band, cut_bands, memory_order, one_blas_thread, slabs
 
 # A grid is resampled slice by slice where its largest spacing is more than this times its smallest.
@@ -121,15 +122,46 @@ def winners(
         order: of the logits' interpolation, 0 or 1.
         order_across: across slices, 0 or 1.
     """
-    result = np.empty(tuple(shape), np.uint8)
-    for where, parts in _slabs_of_classes(logits, shape, axis, order, order_across):
-        best, index = parts[0], np.zeros(parts[0].shape, np.uint8)
-        for number, part in enumerate(parts[1:], start=1):
-            better = part > best
-            index[better] = number
-            np.copyto(best, part, where=better)
-        where(result)[...] = index
-    return result
+    return best_classes(logits, _matrices(logits, shape, axis, order, order_across))
+
+
+def probabilities(
+    logits: Float[np.ndarray, "a b c classes"],
+    shape: Sequence[int],
+    axis: int | None,
+    classes: Sequence[int],
+    order: int = 1,
+    order_across: int = 0,
+) -> Iterator[tuple[slice, Float16[np.ndarray, "chosen rows b2 c2"]]]:
+    """Yields the probabilities of chosen classes on another grid, in slabs of the first axis.
+
+    Args:
+        classes: those wanted, as indices into the logits.
+        logits, shape, axis, order, order_across: as for `winners`.
+
+    Yields:
+        The slab's place, in order, and its probabilities.
+    """
+    matrices = _matrices(logits, shape, axis, order, order_across)
+    return class_probabilities(logits, matrices, classes, softmax=True)
+
+
+def _matrices(
+    logits: Float[np.ndarray, "a b c classes"],
+    shape: Sequence[int],
+    axis: int | None,
+    order: int,
+    order_across: int,
+) -> list[Float[np.ndarray, "new old"]]:
+    _check_orders(order, order_across)
+    return [
+        spline_matrix(old, new, order_across if side == axis else order)
+        for side, (old, new) in enumerate(zip(logits.shape[:3], shape, strict=True))
+    ]
+
+
+def _check_orders(*orders: int) -> None:
+    assert set(orders) <= {0, 1}, "beyond linear, values would have to be clipped"
 
 
 def painted(
@@ -163,7 +195,7 @@ def _slabs_of_classes(
     order_across: int,
 ) -> Any:
     """Yields (view of the same slab in an array of `shape`, each class's values there)."""
-    assert {order, order_across} <= {0, 1}, "beyond linear, values would have to be clipped"
+    _check_orders(order, order_across)
     weights = [
         None if n == m else _bands(n, m, order_across if side == axis else order)
         for side, (n, m) in enumerate(zip(logits.shape[:3], shape, strict=True))
