@@ -397,8 +397,9 @@ def test_the_loop_is_one_batch_ahead_of_the_device(rng, monkeypatch):
     compiled = sliding_window._forward(random_network(rng), None)
     wait = jax.block_until_ready
 
-    def forward(tiles, *arguments):
-        logits = compiled(tiles, *arguments)
+    def forward(*arguments):
+        logits = compiled.func(*arguments)
+        tiles = arguments[len(compiled.args)]
         if isinstance(tiles, np.ndarray):
             events.append(("hand over", len(batches)))
             batches.append(logits)
@@ -408,7 +409,9 @@ def test_the_loop_is_one_batch_ahead_of_the_device(rng, monkeypatch):
         events.append(("wait", next(i for i, batch in enumerate(batches) if batch is logits)))
         return wait(logits)
 
-    monkeypatch.setattr(sliding_window, "_forward", lambda apply, mesh: forward)
+    forward.eval_shape = compiled.func.eval_shape
+    watched = functools.partial(forward, *compiled.args)
+    monkeypatch.setattr(sliding_window, "_forward", lambda apply, mesh: watched)
     monkeypatch.setattr(jax, "block_until_ready", recorded)
     predict(None, rng.random((16, 12, 12)).astype(np.float32), (8, 8, 8))
     assert len(batches) == 6

@@ -35,6 +35,7 @@ from scipy.ndimage import gaussian_filter
 
 from tumorjax import parallel
 from tumorjax.errors import UserError
+from tumorjax.models.convolution import compiler_options
 
 BUCKET = 32
 MAX_WEIGHT = 10.0
@@ -188,7 +189,9 @@ def predict_planes(
     lanes = 1 if mesh is None else mesh.shape["data"]
     size = batch_size * lanes
     batch_like = jax.ShapeDtypeStruct((size, *patch, 1), jnp.float32)
-    channels = jax.eval_shape(forward, batch_like, flips[0], table, share).shape[1]
+    # Its own, since no compiled function with compiler options may be part of another.
+    of_shapes = functools.partial(forward.func.eval_shape, *forward.args)
+    channels = of_shapes(batch_like, flips[0], table, share).shape[1]
     sums_shape = (lanes, channels, patch[0] + height, *map(_bucket, volume.shape[1:]))
     sharding = None if mesh is None else parallel.by_class(mesh, sums_shape)
     sums = jnp.zeros(sums_shape, device=sharding)
@@ -301,24 +304,24 @@ def _tile(start: Sequence[int], patch: Sequence[int]) -> tuple[slice, ...]:
 
 def _forward(
     apply: Callable[[Any], Any], mesh: Mesh | None
-) -> Callable[..., Float32[Array, "b c x y z"]]:
+) -> functools.partial[Float32[Array, "b c x y z"]]:
     """Returns the compiled step of a network: one flip's weighted logits of a tile batch."""
     if isinstance(apply, nnx.Module):
         apply = Partial(_apply_module, *nnx.split(apply))
     if isinstance(apply, Partial):
         if mesh is not None:
             apply = jax.device_put(apply, parallel.replicated(mesh))
-        return functools.partial(_forward_with_weights, mesh, apply)
+        return functools.partial(_forward_with_weights(), mesh, apply)
     return functools.partial(_forward_of_callable(apply), mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _forward_of_callable(apply: Callable[[Any], Any]) -> Callable[..., Any]:
+def _forward_of_callable(apply: Callable[[Any], Any]) -> Any:
     # jax.jit would keep every closure, with its weights, for the life of the process.
     def forward(mesh, *arguments):
         return _weighted_logits(mesh, apply, *arguments)
 
-    return jax.jit(forward, static_argnums=0)
+    return jax.jit(forward, static_argnums=0, compiler_options=compiler_options())
 
 
 def _apply_module(graph: nnx.GraphDef, state: Any, x: Float[Array, "b x y z 1"]) -> Any:
@@ -348,7 +351,10 @@ def _weighted_logits(
     return lax.with_sharding_constraint(logits, parallel.by_class(mesh, logits.shape))
 
 
-_forward_with_weights = jax.jit(_weighted_logits, static_argnums=0)
+@functools.cache
+def _forward_with_weights() -> Any:
+    # Not at import: which options there are depends on the backend, which starts with the question.
+    return jax.jit(_weighted_logits, static_argnums=0, compiler_options=compiler_options())
 
 
 def _flipped(x: Array, flip: Bool[Array, "3"]) -> Array:
