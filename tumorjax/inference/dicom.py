@@ -260,8 +260,8 @@ def _check_even(name: str, along: Float[np.ndarray, " slices"]) -> None:
         )
     allowed = _UNEVEN_MM + _UNEVEN_SHARE * usual
     # Small differences of one sign add up, and rounding alone gives twice its error in a step.
-    index = np.arange(len(along))
-    astray = along - np.polyval(np.polyfit(index, along, 1), index)
+    numbers = np.arange(len(along))
+    astray = along - np.polyval(np.polyfit(numbers, along, 1), numbers)
     if np.abs(steps - usual).max() <= 2 * allowed and np.abs(astray).max() <= allowed:
         return
     index = int(np.abs(steps - usual).argmax())
