@@ -78,16 +78,18 @@ def common_box(*volumes: Array | np.ndarray) -> Box | None:
 
 
 def padded_crop(
-    volume: Shaped[Array, "x y z"] | Shaped[np.ndarray, "x y z"], box: Box, size: Sequence[int]
+    volume: Shaped[Array, "x y z"] | Shaped[np.ndarray, "x y z"],
+    box: Box,
+    size: tuple[int, int, int],
 ) -> Shaped[Array, "bx by bz"] | Shaped[np.ndarray, "bx by bz"]:
     """Returns the box of a volume at the low corner of an array of `size`, zeros around it."""
     part = _shape(box)
     if on_accelerator(volume):
         from tumorjax.metrics import volume_kernels
 
-        return volume_kernels.crop(volume, [side.start for side in box], part, tuple(size))
+        return volume_kernels.crop(volume, [side.start for side in box], part, size)
     crop = np.asarray(volume)[box]
-    out = np.zeros(tuple(size), crop.dtype)
+    out = np.zeros(size, crop.dtype)
     out[: part[0], : part[1], : part[2]] = crop
     return out
 
@@ -124,12 +126,12 @@ def _occupied(values: np.ndarray) -> Bool[np.ndarray, " first"]:
     if values.flags.c_contiguous and values.size and values.dtype.kind in "bui":
         rows = values.reshape(len(values), -1).view(np.uint8)
         if not rows.shape[1] % 8:  # eight bytes at a time: as fast as memory is read
-            return np.bitwise_or.reduce(rows.view(np.uint64), axis=1) != 0
+            return np.asarray(np.bitwise_or.reduce(rows.view(np.uint64), axis=1) != 0)
     return values.any(axis=(1, 2))
 
 
 def _merged(values: np.ndarray) -> Bool[np.ndarray, "second third"]:
     """Says for each line along the first axis whether anything in it is not zero."""
     if values.dtype.kind in "bui":
-        return np.bitwise_or.reduce(values, axis=0) != 0
+        return np.asarray(np.bitwise_or.reduce(values, axis=0) != 0)
     return values.any(axis=0)

@@ -38,7 +38,9 @@ def label_pairs(
         whether the steps were enough.
     """
 
-    def one(truth: Array, prediction: Array, minimum: Array) -> tuple[Array, ...]:
+    def one(
+        truth: Array, prediction: Array, minimum: Array
+    ) -> tuple[Array, Array, Array, Array, Array]:
         lesion, lesions_done = components.first_voxels(truth, connectivity, steps)
         candidate, candidates_done = components.first_voxels(prediction, connectivity, steps)
         prediction = _without_small(prediction, candidate, minimum)

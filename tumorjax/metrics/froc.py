@@ -152,6 +152,7 @@ def _on_device(
     """Returns one scan's counts, or None where the components need the host."""
     from tumorjax.metrics import component_kernels, detection_kernels, volume_kernels
 
+    levels: Array | np.ndarray
     if on_accelerator(probability):
         levels = volume_kernels.probability_levels(probability, thresholds)
     else:

@@ -32,8 +32,9 @@ def dice(
         first, second, both = volume_kernels.voxel_counts(truth, prediction)
     else:
         truth, prediction = as_mask(truth), as_mask(prediction)
-        first, second = np.count_nonzero(truth), np.count_nonzero(prediction)
-        both = np.count_nonzero(truth & prediction)
+        first, second, both = (
+            int(np.count_nonzero(mask)) for mask in (truth, prediction, truth & prediction)
+        )
     return 2.0 * both / (first + second) if first + second else float("nan")
 
 

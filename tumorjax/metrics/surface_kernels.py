@@ -22,8 +22,8 @@ _WINDOWS = (4, 16, 64, 256, 1024, 4096)
 
 
 def near_counts(
-    truths: Bool[Array, "b x y z"],
-    predictions: Bool[Array, "b x y z"],
+    truths: Bool[Array, "b x y z"] | Bool[np.ndarray, "b x y z"],
+    predictions: Bool[Array, "b x y z"] | Bool[np.ndarray, "b x y z"],
     shapes: Sequence[Sequence[int]],
     spacings: Sequence[Float[np.ndarray, "3"]],
     tolerance_mm: Sequence[float],
@@ -174,8 +174,8 @@ def _patterns(corners: UInt32[Array, "4 x y words"]) -> UInt32[Array, "16 x y wo
 
 
 def element_distances(
-    truths: Bool[Array, "b x y z"],
-    predictions: Bool[Array, "b x y z"],
+    truths: Bool[Array, "b x y z"] | Bool[np.ndarray, "b x y z"],
+    predictions: Bool[Array, "b x y z"] | Bool[np.ndarray, "b x y z"],
     shapes: Sequence[Sequence[int]],
     spacings: Sequence[Float[np.ndarray, "3"]],
 ) -> tuple[UInt8[np.ndarray, "b 2 x y z"], Float[np.ndarray, "b 2 x y z"]]:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 
-def extent(mask: Shaped[Array, "x y z"]) -> Int[np.ndarray, "2 3"]:
+def extent(mask: Array | np.ndarray) -> Int[np.ndarray, "2 3"]:
     """Returns the first voxel on each axis that has something, and the one after the last.
 
     Of an empty mask the first is the volume's size and the last 0.
@@ -35,7 +35,7 @@ def _extent(mask: Shaped[Array, "x y z"]) -> Int[Array, "2 3"]:
 
 
 def crop(
-    volume: Shaped[Array, "x y z"],
+    volume: Array | np.ndarray,
     start: Sequence[int],
     shape: Sequence[int],
     size: tuple[int, int, int],
@@ -55,9 +55,7 @@ def _crop(
     return volume
 
 
-def voxel_counts(
-    first: Shaped[Array, "*shape"], second: Shaped[Array, "*shape"]
-) -> tuple[int, int, int]:
+def voxel_counts(first: Array | np.ndarray, second: Array | np.ndarray) -> tuple[int, int, int]:
     """Returns how many voxels are not zero in the first, in the second, and in both."""
     one, two, both = np.asarray(_voxel_counts(first, second)).tolist()
     return one, two, both
@@ -72,7 +70,7 @@ def _voxel_counts(
 
 
 def probability_levels(
-    probability: Float[Array, "x y z"], thresholds: Float[np.ndarray, " thresholds"]
+    probability: Array | np.ndarray, thresholds: Float[np.ndarray, " thresholds"]
 ) -> Int[Array, "x y z"]:
     """Returns how many thresholds each probability reaches; the thresholds ascend."""
     if probability.dtype != np.float64:
