@@ -183,7 +183,8 @@ def _written_by_prediction(path: Path) -> tuple[dict[str, list[str]] | None, str
     try:
         found = json.loads(path.read_text())
         # An ensemble's members tell the same apart.
-        classes = found.get("classes") or next(iter(found.get("members", [])), {}).get("classes")
+        members: list[dict[str, Any]] = found.get("members", [])
+        classes = found.get("classes") or (members[0].get("classes") if members else None)
         table = anatomy.class_table(classes or {})
         labels = {name: value for name, value in found["labels"].items() if name != "background"}
         of_task = bool(classes) and all(table[value] for value in labels.values())

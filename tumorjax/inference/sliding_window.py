@@ -302,10 +302,11 @@ def _tile(start: Sequence[int], patch: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(low, low + size) for low, size in zip(start, patch, strict=True))
 
 
-def _forward(
-    apply: Callable[[Any], Any], mesh: Mesh | None
-) -> functools.partial[Float32[Array, "b c x y z"]]:
-    """Returns the compiled step of a network: one flip's weighted logits of a tile batch."""
+def _forward(apply: Callable[[Any], Any], mesh: Mesh | None) -> Any:
+    """Returns the compiled step of a network: one flip of a batch, weighted.
+
+    It is a functools.partial of a jitted function that gives logits [b, classes+1, x, y, z].
+    """
     if isinstance(apply, nnx.Module):
         apply = Partial(_apply_module, *nnx.split(apply))
     if isinstance(apply, Partial):
