@@ -126,12 +126,12 @@ def _occupied(values: np.ndarray) -> Bool[np.ndarray, " first"]:
     if values.flags.c_contiguous and values.size and values.dtype.kind in "bui":
         rows = values.reshape(len(values), -1).view(np.uint8)
         if not rows.shape[1] % 8:  # eight bytes at a time: as fast as memory is read
-            return np.asarray(np.bitwise_or.reduce(rows.view(np.uint64), axis=1) != 0)
+            return np.bitwise_or.reduce(rows.view(np.uint64), axis=1).astype(bool)
     return np.asarray(values.any(axis=(1, 2)))
 
 
 def _merged(values: np.ndarray) -> Bool[np.ndarray, "second third"]:
     """Says for each line along the first axis whether anything in it is not zero."""
     if values.dtype.kind in "bui":
-        return np.asarray(np.bitwise_or.reduce(values, axis=0) != 0)
+        return np.bitwise_or.reduce(values, axis=0).astype(bool)
     return np.asarray(values.any(axis=0))
