@@ -5,13 +5,16 @@ convolution and a slow 3D one, and the gradient of a strided 3D convolution with
 input is slower still. There a 3D convolution is one 2D convolution over (y, z): its channels
 are the x taps side by side, and its batch holds the x positions.
 
+With stride 1 three x taps are computed Winograd's way (winograd.py).
+
 Milliseconds on 2 cores (AVX-512), float32, two crops, forward / gradient of input / of weights:
 
-| input, channels, stride | lax.conv 3D | one 2D convolution |
-| --- | --- | --- |
-| 32^3, 8 to 8, 1 | 48 / - / 88 | 3.6 / 3.6 / 9.4 |
-| 16^3, 16 to 16, 1 | 11 / - / 24 | 1.5 / 1.2 / 2.1 |
-| 32^3, 8 to 16, 2 | 3.1 / 201 / 19 | 1.1 / 1.2 / 1.9 |
+| input, channels, stride | lax.conv 3D | one 2D convolution | Winograd's |
+| --- | --- | --- | --- |
+| 32^3, 8 to 8, 1 | 28 / 30 / 45 | 5.5 / 4.0 / 7.5 | 3.9 / 4.2 / 3.6 |
+| 48^3, 64 to 64, 1 | 943 / 847 / 1339 | 518 / 334 / 534 | 244 / 233 / 307 |
+| 12^3, 256 to 256, 1 | 92 / 94 / 140 | 69 / 80 / 67 | 33 / 41 / 39 |
+| 48^3, 64 to 128, 2 | 166 / 6145 / 581 | 180 / 129 / 205 | |
 
 `python -m benchmarks.convolution` measures them. The backward rule keeps only the input: the taps
 side by side would hold three times the memory of the activations between the passes.
@@ -32,7 +35,7 @@ _DIMENSIONS_3D = ("NXYZC", "XYZIO", "NXYZC")
 _DIMENSIONS_2D = ("NHWC", "HWIO", "NHWC")
 FORMULATIONS = ("auto", "direct", "planar", "winograd")
 # Below so many weights a tap Winograd's transforms cost more than the multiplications it saves.
-_WINOGRAD_WEIGHTS = 512
+_WINOGRAD_WEIGHTS = 64
 # XLA gives a 2D convolution on CPU to YNNPACK, which computes those of less than 128 channels on
 # one core (jax 0.10: 50 to 100 GFLOP/s where Eigen's reach 170 on two cores), or else to Eigen.
 _CPU_OPTIONS = {
@@ -141,9 +144,8 @@ def _taps(x, size: int, step: int):
     return jnp.concatenate(taps, axis=-1)
 
 
-def _planar(x, kernel, stride):
-    # Padded here and not by the convolution, whose gradient of the kernel would be slower.
-    x = jnp.pad(x, ((0, 0), (0, 0), *((n // 2, n // 2) for n in kernel.shape[1:3]), (0, 0)))
+def _planar(x, kernel, stride, *, padded=False):
+    """Convolves; `padded` says that x has its border along y and z already."""
     taps = _taps(x, kernel.shape[0], stride[0])
     b, nx, ny, nz, c = taps.shape
     # [i, j, k, c, d] -> [j, k, i * c, d]: the channel order of the taps.
@@ -152,7 +154,7 @@ def _planar(x, kernel, stride):
         taps.reshape(b * nx, ny, nz, c),
         planar_kernel,
         stride[1:],
-        "VALID",
+        "VALID" if padded else [(n // 2, n // 2) for n in kernel.shape[1:3]],
         dimension_numbers=_DIMENSIONS_2D,
     )
     return y.reshape(b, nx, *y.shape[1:])
@@ -199,7 +201,10 @@ def _backward(stride, residuals, gradient):
     )
     of_x = _planar_by_blocks if blocks_fit else _planar
     (gradient_x,) = jax.vjp(lambda x: of_x(x, kernel, stride), x)[1](gradient)
-    (gradient_kernel,) = jax.vjp(lambda kernel: _planar(x, kernel, stride), kernel)[1](gradient)
+    # Of images with a border about them: see winograd.py.
+    border = jnp.pad(x, ((0, 0), (0, 0), *((n // 2, n // 2) for n in kernel.shape[1:3]), (0, 0)))
+    of_kernel = functools.partial(_planar, border, stride=stride, padded=True)
+    (gradient_kernel,) = jax.vjp(of_kernel, kernel)[1](gradient)
     return gradient_x, gradient_kernel
 
 
