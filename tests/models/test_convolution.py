@@ -89,7 +89,7 @@ def test_bfloat16_operands_are_summed_in_float32(rng):
 
 def test_a_networks_formulation_follows_its_width(rng):
     x = jnp.asarray(rng.standard_normal((1, 4, 4, 4, 32)), jnp.float32)
-    for width, products in ((8, 1), (32, 6)):
+    for width, products in ((1, 1), (8, 6)):
         kernel = jnp.asarray(rng.standard_normal((3, 3, 3, 32, width)), jnp.float32)
         text = str(jax.make_jaxpr(convolution)(x, kernel))
         assert text.count("conv_general_dilated[") == products
