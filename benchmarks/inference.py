@@ -7,10 +7,9 @@
 A ResEncUNet of 5 M parameters in float32, patches of 96^3 with half overlap and Gaussian weights,
 no mirroring, over 300 x 250 x 250 voxels (a trunk at 1.5 mm). The network has been trained for a
 minute to tell regions by their shade, so that its labels are about as sure as a trained network's.
-Ours takes each core as a device of a mesh and splits tiles over them: parts of a forward pass on a
-CPU keep only one core busy. Rows take turns, each time in a process of its own; the best time of
-each counts. Networks have run once before the clock starts: "first" is what that takes
-(compilation, for ours). "network" is the time of as many forward passes alone; what our row takes
+With --devices a CPU counts as several devices of a mesh, over which ours splits tiles. Rows take
+turns, each time in a process of its own; the best time of each counts. Networks have run once
+before the clock starts: "first" is what that takes (compilation, for ours). "network" is the time of as many forward passes alone; what our row takes
 beyond it is what the sliding window costs.
 Goals: 1.5 times as fast as either peer, and nnU-Net's label on 99.9 % of the voxels. Peers need the
 extra `torch`; both take one tile at a time, which on a CPU is the fastest.
@@ -19,7 +18,6 @@ extra `torch`; both take one tile at a time, which on a CPU is the fastest.
 import argparse
 import itertools
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -246,7 +244,7 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, default=1, help="tiles a forward pass and device, ours"
     )
-    parser.add_argument("--devices", type=int, default=os.cpu_count(), help="of a CPU, ours")
+    parser.add_argument("--devices", type=int, default=1, help="of a CPU, ours")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--folder", type=Path, help="keeps times and labels; else forgotten")

@@ -12,9 +12,6 @@ device only to hand over no more than the batch after the present one.
 Along y and z the sums are rounded up to multiples of 32 voxels: scans of 200 to 400 voxels an axis
 then share a few small programs (0.1 s each to compile) for 4 to 8 % of unused voxels an axis on
 average. No tile is computed for them.
-
-On a CPU parts of a network's forward pass keep only one core busy. A mesh whose "data" are as many
-devices as there are cores (`parallel.split_cpu`) takes 0.7 of the time (benchmarks/inference.py).
 """
 
 import functools
@@ -182,7 +179,8 @@ def predict_planes(
     height = max(step, height or 0)
 
     sides = [(False, True) if axis in axes else (False,) for axis in range(3)]
-    flips = np.array(list(itertools.product(*sides)))
+    # Without mirroring the program has no flips at all.
+    flips = [np.array(flip) for flip in itertools.product(*sides)] if axes else [None]
     table = None if mirror_table is None else np.asarray(mirror_table, np.int32)
     share = gaussian_weights(patch) / np.float32(len(flips))
     forward = _forward(apply, mesh)
@@ -333,18 +331,20 @@ def _weighted_logits(
     mesh: Mesh | None,
     apply: Callable[[Any], Any],
     tiles: Float[Array, "b x y z 1"],
-    flip: Bool[Array, "3"],
+    flip: Bool[Array, "3"] | None,
     table: Array | None,
     weights: Float32[Array, "x y z"],
 ) -> Float32[Array, "b classes+1 x y z"]:
     """Returns the weighted logits, and the weights as one class more."""
     # The flips are values, not code: one copy of the network serves all of them.
-    logits = apply(_flipped(tiles, flip))
+    logits = apply(tiles if flip is None else _flipped(tiles, flip))
     if isinstance(logits, (list, tuple)):
         logits = logits[0]
-    logits = _flipped(logits.astype(jnp.float32), flip)
-    if table is not None:
-        logits = jnp.where(flip[0], logits[..., table], logits)
+    logits = logits.astype(jnp.float32)
+    if flip is not None:
+        logits = _flipped(logits, flip)
+        if table is not None:
+            logits = jnp.where(flip[0], logits[..., table], logits)
     logits = jnp.pad(logits, [(0, 0)] * 4 + [(0, 1)], constant_values=1)
     logits = jnp.moveaxis(logits * weights[..., None], -1, 1)
     if mesh is None:
