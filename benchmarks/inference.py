@@ -9,8 +9,8 @@ no mirroring, over 300 x 250 x 250 voxels (a trunk at 1.5 mm). The network has b
 minute to tell regions by their shade, so that its labels are about as sure as a trained network's.
 With --devices a CPU counts as several devices of a mesh, over which ours splits tiles. Rows take
 turns, each time in a process of its own; the best time of each counts. Networks have run once
-before the clock starts: "first" is what that takes (compilation, for ours). "network" is the time of as many forward passes alone; what our row takes
-beyond it is what the sliding window costs.
+before the clock starts: "first" is what that takes (compilation, for ours). "network" is the time
+of as many forward passes alone; what our row takes beyond it is what the sliding window costs.
 Goals: 1.5 times as fast as either peer, and nnU-Net's label on 99.9 % of the voxels. Peers need the
 extra `torch`; both take one tile at a time, which on a CPU is the fastest.
 """
