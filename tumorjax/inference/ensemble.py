@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tumorjax.errors import UserError
 from tumorjax.geometry import from_canonical, to_canonical
 from tumorjax.inference import nnunet_model, sliding_window, trained_here
-from tumorjax.inference.native_grid import Structure, body_middle
+from tumorjax.inference.native_grid import body_middle, values_by_side
 from tumorjax.inference.network import Network, Prepared
 from tumorjax.models import nnunet_plans
 from tumorjax.nifti import Scan
@@ -230,13 +230,7 @@ def _groups(networks: Sequence[Network]) -> list[list[Network]]:
 
 def _values(winner: UInt8[np.ndarray, "i j k"], first: Answer) -> UInt8[np.ndarray, "i j k"]:
     """Turns class indices into the values of the structures, as `native_labels` does."""
-    table: list[Structure] = first.network.structures
-    left, right = np.zeros((2, 256), np.uint8)
-    for one in table:
-        if one.side != "right":
-            left[one.class_index] = one.value
-        if one.side != "left":
-            right[one.class_index] = one.value
+    left, right = values_by_side(first.network.structures)
     if (left == right).all():
         return left[winner]
     # Only networks trained here have sides, and their axes are RAS+.

@@ -73,18 +73,24 @@ def native_labels(
         as the values of `table`.
     """
     labels = argmax_on_grid(scores, shape)
-    left, right = np.zeros((2, 256), np.uint8)
-    for structure in table:
-        if structure.side != "right":
-            left[structure.class_index] = structure.value
-        if structure.side != "left":
-            right[structure.class_index] = structure.value
+    left, right = values_by_side(table)
     # x runs from the patient's left to the right.
     middle = round(body_middle(image) * shape[0])
     for part, values in ((labels[:middle], left), (labels[middle:], right)):
         for plane in part:
             plane[...] = values[plane]
     return labels
+
+
+def values_by_side(table: Sequence[Structure]) -> UInt8[np.ndarray, "2 256"]:
+    """Returns the value of each class index in the left half of a body, and in the right one."""
+    left, right = values = np.zeros((2, 256), np.uint8)
+    for structure in table:
+        if structure.side != "right":
+            left[structure.class_index] = structure.value
+        if structure.side != "left":
+            right[structure.class_index] = structure.value
+    return values
 
 
 def argmax_on_grid(
