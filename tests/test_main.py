@@ -11,6 +11,7 @@ import pytest
 from tumorjax.main import JOBS
 
 ROOT = Path(__file__).resolve().parents[1]
+EVALUATION = str(ROOT / "configs" / "evaluation.py")
 PREDICTION = str(ROOT / "configs" / "prediction.py")
 SCALING = str(ROOT / "configs" / "scaling.py")
 
@@ -99,7 +100,7 @@ def test_help_is_no_failure(command):
         (["--config=nowhere.py"], "nowhere.py: no such config file"),
         (["--config=nowhere.py:large"], "nowhere.py: no such config file"),
         (["--config=fake.py:huge"], "fake.py: variant 'huge'. Expected one of small, large"),
-        ([f"--config={PREDICTION}:huge"], "has no variants"),
+        ([f"--config={EVALUATION}:huge"], "has no variants"),
         ([f"--config={SCALING}:huge"], "Expected one of virtual"),
         (["--config=fake.py", "stray"], "unexpected argument 'stray'"),
         (["--config=fake.py", "--wrokdir=x"], "'wrokdir'"),
