@@ -85,7 +85,7 @@ def test_full_size_equals_monais(equals_reference, rng, init_filters):
     reference = _nets().SegResNet(init_filters=init_filters, out_channels=3)
     model = models.create("segresnet", init_filters=init_filters, classes=3)
     x = rng.standard_normal((1, 48, 32, 32, 1)).astype(np.float32)
-    equals_reference(model, reference, x)
+    equals_reference(model, reference, x, full_size=True)
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_full_size_ds_equals_monais(equals_reference, rng):
     settings = {"variant": "segresnet_ds", "blocks_down": blocks, "deep_supervision": True}
     model = models.create("segresnet", classes=3, **settings)
     x = rng.standard_normal((1, 48, 32, 32, 1)).astype(np.float32)
-    equals_reference(model, reference, x)
+    equals_reference(model, reference, x, full_size=True)
 
 
 def test_remat_changes_nothing(rng):
