@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -25,6 +24,7 @@ from tumorjax.evaluation.paper_tables import tumor_title
 from tumorjax.evaluation.snapshots import KINDS, Snapshot
 from tumorjax.files import write_bytes_atomic, write_text_atomic
 from tumorjax.metrics.detection import sphere_radius
+from tumorjax.pages import template
 
 TITLES = {
     "differs": "Lowest Dice scores",
@@ -113,7 +113,7 @@ def write_page(
             pictures.append({"file": file, "case": entry.case, "text": describe(entry, shot)})
             pictures[-1]["note"] = note
         sections.append({"kind": kind, "title": TITLES[kind], "pictures": pictures})
-    page = _template().render(
+    page = template("tumorjax.evaluation", "worst.html").render(
         name=name, grid=grid, sections=sections, truth=TRUTH, prediction=PREDICTION
     )
     write_text_atomic(folder / "index.html", page)
@@ -228,14 +228,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tumorjax.evaluation"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("worst.html")

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 from tumorjax import files
 from tumorjax.errors import UserError
 from tumorjax.metrics.detection import SIZE_GROUPS
+from tumorjax.pages import template
 from tumorjax.scaling import figures, pictures, report_tables, words
 from tumorjax.scaling.results import (
     ALL_TUMORS,
@@ -103,7 +103,7 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
         with matplotlib.rc_context(figures.STYLE):
             drawn = _save_figures(_draw(found, metric, study, cases, config), folder / "figures")
         _save_tables(tables, folder / "tables")
-        page = _template().render(
+        page = template("tumorjax.scaling", "report.html").render(
             found=found, metric=METRICS[metric], figures=drawn, tables=tables, **texts
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
@@ -384,14 +384,3 @@ def _versions() -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             versions.append((name, "not installed"))
     return versions
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tumorjax.scaling"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("report.html")
