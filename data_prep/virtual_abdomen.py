@@ -187,11 +187,14 @@ def plan(settings: Mapping[str, Any]) -> list[Case]:
                 tumors[i] += (kinds[(turn + 1 + rng.integers(len(kinds) - 1)) % len(kinds)],)
             turn += 1
     cases: list[Case] = []
+    # Another seed's patients are other people, and their names say so.
+    cohort = f"s{settings['seed']}_" if settings["seed"] else ""
     for number, (site, kinds) in enumerate(zip(places, tumors, strict=True)):
         scans = 1 + int(rng.random() < settings["follow_up_share"])
         for scan in range(scans):
             name = f"BDMAP_{len(cases) + 1:08d}"
-            cases.append(Case(name, number, f"patient_{number + 1:06d}", scan, site, tuple(kinds)))
+            patient = f"patient_{cohort}{number + 1:06d}"
+            cases.append(Case(name, number, patient, scan, site, tuple(kinds)))
     return cases
 
 

@@ -19,6 +19,7 @@ JOBS = {
     "laws": "tumorjax.scaling.laws",
     "preparation": "data_prep.prepare",
     "segmentation": "tumorjax.training.segmenter",
+    "autoencoder": "tumorjax.synthesis.autoencoder_training",
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
     "synthesis": "tumorjax.synthesis.job",
