@@ -283,9 +283,7 @@ class Decoder(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Norm, SiLU and 3^3 convolution, twice, added to the input."""
 
-    def __init__(
-        self, channels: int, norm: str, *, padding: str, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, channels: int, norm: str, *, padding: str, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm1 = _norm(norm, channels)
         self.conv1 = Conv(channels, channels, padding=padding, dtype=dtype, rngs=rngs)
         self.norm2 = _norm(norm, channels)

@@ -122,9 +122,7 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
             decoded = model.decode(parameters, mean + jnp.exp(log_variance / 2) * noise)
             error, loss = reconstruction_loss(image, decoded, training.gradient)
             # Kullback-Leibler divergence from the unit Gaussian, mean over latents, in nats.
-            divergence = (
-                0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
-            )
+            divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
             scalars = {"l1": error, "kl": divergence}
             return loss + training.kl * divergence, scalars
 

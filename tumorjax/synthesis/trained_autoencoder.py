@@ -116,7 +116,7 @@ def _read_json(folder: Path, name: str) -> Any:
         return json.loads((folder / name).read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no {name}. Give the workdir of a finished job \"autoencoder\""
+            f'{folder}: no {name}. Give the workdir of a finished job "autoencoder"'
         ) from None
     except ValueError as error:
         raise UserError(f"{folder / name}: not readable ({error})") from error
