@@ -39,7 +39,7 @@ from tumorjax.errors import UserError
 from tumorjax.files import write_csv_atomic, write_json_atomic
 
 # Part of the settings' hash: raised when the same settings give other scans.
-_VERSION = 3
+_VERSION = 4
 _SETTINGS_FILE = ".virtual.json"
 
 
@@ -187,13 +187,13 @@ def plan(settings: Mapping[str, Any]) -> list[Case]:
                 tumors[i] += (kinds[(turn + 1 + rng.integers(len(kinds) - 1)) % len(kinds)],)
             turn += 1
     cases: list[Case] = []
-    # Another seed's patients are other people, and their names say so.
-    cohort = f"s{settings['seed']}_" if settings["seed"] else ""
     for number, (site, kinds) in enumerate(zip(places, tumors, strict=True)):
         scans = 1 + int(rng.random() < settings["follow_up_share"])
         for scan in range(scans):
             name = f"BDMAP_{len(cases) + 1:08d}"
-            patient = f"patient_{cohort}{number + 1:06d}"
+            # Patients of two cohorts are two people: whoever keeps record of whom a network has
+            # seen goes by these ids.
+            patient = f"patient_{settings['seed']}_{number + 1:06d}"
             cases.append(Case(name, number, patient, scan, site, tuple(kinds)))
     return cases
 
