@@ -98,7 +98,8 @@ def read_arms(studies: Mapping[str, Path]) -> list[Arm]:
     Raises:
         UserError: see `run`.
     """
-    configs, arms = {}, []
+    configs: dict[str, Any] = {}
+    arms: list[Arm] = []
     for name, folder in studies.items():
         if name == REAL:
             raise UserError(f"config.studies calls a synthesizer {REAL!r}. Choose another name")
