@@ -17,6 +17,7 @@ from tumorjax.errors import CaseError, UserError
 JOBS = {
     "scaling": "tumorjax.scaling.study",
     "laws": "tumorjax.scaling.laws",
+    "worth": "tumorjax.scaling.worth",
     "preparation": "data_prep.prepare",
     "segmentation": "tumorjax.training.segmenter",
     "autoencoder": "tumorjax.synthesis.autoencoder_training",
