@@ -7,7 +7,7 @@ from scipy import ndimage
 from tumorjax import anatomy, volumes
 from tumorjax.data.cohort import Implant
 from tumorjax.errors import CaseError, UserError
-from tumorjax.synthesis.implant import make_store
+from tumorjax.synthesis.store import make_store
 
 SPACING = (3.0, 3.0, 3.0)
 WINDOW = (-175.0, 250.0)
