@@ -93,7 +93,7 @@ def open_model(
         return _open(str(Path(checkpoint).resolve()), sampler, steps, guidance)
 
 
-_OPENING = threading.Lock()
+_OPENING, _COMPILING = threading.Lock(), threading.Lock()
 
 
 @functools.lru_cache(maxsize=4)
@@ -134,8 +134,11 @@ def largest_tumor(trained: Trained) -> Triple:
 
 
 def context(trained: Trained) -> float:
-    """Returns how much of a scan around a tumour, mm, the model looks at."""
-    return max(n * s for n, s in zip(trained.crop, trained.spacing, strict=True)) / 2
+    """Returns how much of a scan around a tumour, mm, the model may look at.
+
+    A crop's whole length: where the scan ends on one side there is more of the other.
+    """
+    return max(n * s for n, s in zip(trained.crop, trained.spacing, strict=True))
 
 
 def render(
@@ -150,8 +153,8 @@ def render(
 ) -> Float[np.ndarray, "x y z"]:
     """Draws a tumour into a crop of a scan.
 
-    What lies around the tumour, of the extent that the model knows, is resampled to its grid. It
-    is continued by its outermost voxels where the scan ends. Back come two pictures: the crop with
+    What lies around the tumour, of the extent that the model knows, is resampled to its grid. A
+    scan that is smaller is continued by its outermost voxels. Back come two pictures: the crop with
     the tumour, and the crop as the model sees it without. The difference of the latter from the
     scan is noise, and goes onto the tumour; without the part that no noise can be (vessels,
     borders).
@@ -179,22 +182,24 @@ def render(
         _native_length(n, wanted, step)
         for n, wanted, step in zip(trained.crop, trained.spacing, steps, strict=True)
     ]
-    start = [int((low + high + 1 - n) // 2) for (low, high), n in zip(box, size, strict=True)]
+    # About the tumour; within the scan, where that is large enough, as in training.
+    start = [
+        int(np.clip((low + high + 1 - n) // 2, min(0, length - n), max(0, length - n)))
+        for (low, high), n, length in zip(box, size, image.shape, strict=True)
+    ]
     around = _cut_out(image, start, size, "edge")
     hole = _cut_out(tumor, start, size, "constant")
 
     with_tumor, without = _generate(key, around, hole, steps, trained, organ_index)
+    reach = np.ceil(texture.CONTEXT_MM / steps).astype(int)
     near = tuple(
-        slice(max(low - reach, 0, s), min(high + 1 + reach, length, s + n))
-        for (low, high), reach, length, s, n in zip(
-            box, np.ceil(texture.CONTEXT_MM / steps).astype(int), image.shape, start, size,
-            strict=True,
-        )
-    )  # fmt: skip
+        slice(max(low - r, 0, s), min(high + 1 + r, length, s + n))
+        for (low, high), r, length, s, n in zip(box, reach, image.shape, start, size, strict=True)
+    )
     inner = tuple(slice(b.start - s, b.stop - s) for b, s in zip(near, start, strict=True))
     before, lesion = image[near].astype(np.float32), with_tumor[inner]
     mask, host = tumor[near], organ[near] | tumor[near]
-    random = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    random = texture.generator(key)
     residual = before - without[inner]
     normal, spread = organ_statistics(residual, host)
     lesion = lesion + grain(random, residual, host, steps, normal, spread, _NOISE_VOXELS)
@@ -233,14 +238,16 @@ def _generate(key, image, hole, steps, trained, organ_index):
     prepared = prepare_image(image, tuple(steps), scale, trained.window, order)
     mask = resample_labels(hole, trained.crop)
     radius = (np.count_nonzero(hole) * np.prod(steps) * 3 / 4 / np.pi) ** (1 / 3)
-    pictures = _compiled()(
-        trained.generate,
+    arguments = (
         key,
         jnp.asarray(2 * prepared - 1)[None, ..., None],
         jnp.asarray(mask)[None],
         jnp.asarray([organ_index], jnp.int32),
         jnp.asarray([radius], jnp.float32),
     )
+    # Threads that come first together would all compile; what is compiled runs beside the lock.
+    with _COMPILING:
+        pictures = _compiled()(trained.generate, *arguments)
     low, high = (float(value) for value in trained.window)
     back = []
     for picture in pictures:
