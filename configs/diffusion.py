@@ -6,7 +6,7 @@
 Variants: virtual (default: the built-in cohort's pool of patients, minutes on 2 cores). One model
 learns the tumours of all organs that the store has. WORKDIR is then a `checkpoint` of the
 synthesizer "diffusion": it has a copy of the autoencoder, quality.json and quality.png (real
-against generated tumours of held-out patients) and trained_on.json (who was seen by either network).
+against generated tumours of held-out patients) and trained_on.json (who was seen).
 """
 
 from ml_collections import ConfigDict
