@@ -110,6 +110,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays [b, ...] whose rows lie whole on a device: b over "data"."""
+    return NamedSharding(mesh, SAMPLES)
+
+
 def by_class(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """The sharding of [b, classes, ...]: b over "data", classes over "space" where they divide."""
     split = shape[1] % mesh.shape["space"] == 0
@@ -142,20 +147,26 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
     """Moves this process's share of a batch onto its devices.
 
+    Args:
+        mesh: of the devices.
+        batch: arrays [b, x, y, z, ...], or [b] with one value a row.
+
     Raises:
         UserError: the batch does not divide by the devices along "data", or x along "space".
     """
-    sharding = batch_sharding(mesh)
     for name, array in batch.items():
         size = array.shape[0] * jax.process_count()
-        if size % mesh.shape["data"] or array.shape[1] % mesh.shape["space"]:
+        volumes = array.ndim > 1
+        if size % mesh.shape["data"] or (volumes and array.shape[1] % mesh.shape["space"]):
             raise UserError(
                 f"{name} of shape {(size, *array.shape[1:])} does not divide over"
                 f" {mesh.shape['data']} devices along 'data' and {mesh.shape['space']} along"
                 " 'space'. Change training.batch_size, training.patch_size or the mesh"
             )
     return {
-        name: jax.make_array_from_process_local_data(sharding, array)
+        name: jax.make_array_from_process_local_data(
+            batch_sharding(mesh) if array.ndim > 1 else row_sharding(mesh), array
+        )
         for name, array in batch.items()
     }
 
