@@ -2,10 +2,12 @@
 
     python -m tumorjax.main --config=configs/scaling.py
     python -m tumorjax.main --config=configs/scaling.py:virtual_large
+    python -m tumorjax.main --config=configs/scaling.py:worth
     python -m tumorjax.main --config=configs/scaling.py:paper --config.data.root=ABDOMENATLAS
 
 Variants: virtual (default: the built-in cohort, minutes on 2 cores), virtual_large (the same with
-more patients, seeds and steps), paper (the study of Chen et al., ICCV 2025, on AbdomenAtlas 2.0),
+more patients, seeds and steps), worth (virtual with three seeds: what a synthesizer is worth, see
+configs/worth.py), paper (the study of Chen et al., ICCV 2025, on AbdomenAtlas 2.0),
 paper_pancreas (their study of pancreatic tumours, Table 5, on scans of one's own).
 """
 
@@ -16,7 +18,7 @@ from data_prep import virtual_abdomen
 from tumorjax.data import augmentation
 from tumorjax.evaluation import settings as evaluation
 
-VARIANTS = ("virtual", "virtual_large", "paper", "paper_pancreas")
+VARIANTS = ("virtual", "virtual_large", "worth", "paper", "paper_pancreas")
 
 
 def get_config(variant: str = "virtual") -> ConfigDict:
@@ -142,6 +144,8 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     if variant == "virtual_large":
         _virtual_large(config)
+    elif variant == "worth":
+        config.grid.seeds = (0, 1, 2)
     elif variant in ("paper", "paper_pancreas"):
         _paper(config)
         if variant == "paper_pancreas":

@@ -39,7 +39,7 @@ from tumorjax.errors import UserError
 from tumorjax.files import write_csv_atomic, write_json_atomic
 
 # Part of the settings' hash: raised when the same settings give other scans.
-_VERSION = 3
+_VERSION = 4
 _SETTINGS_FILE = ".virtual.json"
 
 
@@ -191,7 +191,10 @@ def plan(settings: Mapping[str, Any]) -> list[Case]:
         scans = 1 + int(rng.random() < settings["follow_up_share"])
         for scan in range(scans):
             name = f"BDMAP_{len(cases) + 1:08d}"
-            cases.append(Case(name, number, f"patient_{number + 1:06d}", scan, site, tuple(kinds)))
+            # Patients of two cohorts are two people: whoever keeps record of whom a network has
+            # seen goes by these ids.
+            patient = f"patient_{settings['seed']}_{number + 1:06d}"
+            cases.append(Case(name, number, patient, scan, site, tuple(kinds)))
     return cases
 
 

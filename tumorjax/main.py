@@ -17,8 +17,11 @@ from tumorjax.errors import CaseError, UserError
 JOBS = {
     "scaling": "tumorjax.scaling.study",
     "laws": "tumorjax.scaling.laws",
+    "worth": "tumorjax.scaling.worth",
     "preparation": "data_prep.prepare",
     "segmentation": "tumorjax.training.segmenter",
+    "autoencoder": "tumorjax.synthesis.autoencoder_training",
+    "diffusion": "tumorjax.synthesis.diffusion_training",
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
     "synthesis": "tumorjax.synthesis.job",

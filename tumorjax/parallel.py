@@ -110,8 +110,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays [b, ...] whose rows lie whole on a device: b over "data"."""
+def sample_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of one value a sample [b]: over "data"."""
     return NamedSharding(mesh, SAMPLES)
 
 
@@ -147,17 +147,14 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
     """Moves this process's share of a batch onto its devices.
 
-    Args:
-        mesh: of the devices.
-        batch: arrays [b, x, y, z, ...], or [b] with one value a row.
-
     Raises:
         UserError: the batch does not divide by the devices along "data", or x along "space".
     """
     for name, array in batch.items():
         size = array.shape[0] * jax.process_count()
-        volumes = array.ndim > 1
-        if size % mesh.shape["data"] or (volumes and array.shape[1] % mesh.shape["space"]):
+        # Values of a sample that are no volume, such as its organ, have no first spatial axis.
+        length = array.shape[1] if array.ndim > 1 else 0
+        if size % mesh.shape["data"] or length % mesh.shape["space"]:
             raise UserError(
                 f"{name} of shape {(size, *array.shape[1:])} does not divide over"
                 f" {mesh.shape['data']} devices along 'data' and {mesh.shape['space']} along"
@@ -165,7 +162,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
             )
     return {
         name: jax.make_array_from_process_local_data(
-            batch_sharding(mesh) if array.ndim > 1 else row_sharding(mesh), array
+            batch_sharding(mesh) if array.ndim > 1 else sample_sharding(mesh), array
         )
         for name, array in batch.items()
     }

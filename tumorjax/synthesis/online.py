@@ -198,7 +198,7 @@ def make(
 
     def add_tumors(weights, key, image, label, where):
         if mesh is not None:
-            rows = parallel.row_sharding(mesh)
+            rows = parallel.sample_sharding(mesh)
             image, label = (jax.lax.with_sharding_constraint(a, rows) for a in (image, label))
         crop = _crop_of(image.shape[1:4], trained, spacing)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(image.shape[0]))

@@ -204,7 +204,7 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None) -> Segme
     )
     if transform is None:
         return Segmenter(init, compiled(in_shardings=(shardings, batch)), apply)
-    batch["implant"] = parallel.row_sharding(mesh)
+    batch["implant"] = parallel.sample_sharding(mesh)
     with_weights = compiled(in_shardings=(shardings, batch, whole))
     return Segmenter(
         init, lambda state, batch: with_weights(state, batch, transform.weights), apply
