@@ -76,7 +76,12 @@ class Measured(NamedTuple):
     without lesions are not in it.
 
     Roughness is the standard deviation, over directions, of log(surface / ellipsoid). It is
-    log-normal (log_roughness, log_roughness_sd).
+    log-normal (log_roughness, log_roughness_sd). Fitted to 16 masks of each organ of ULS23 (the
+    public expert masks of the same sources): each mask's `shape_measures.Measures.roughness`,
+    which its voxels add to, was compared with that of drawn shapes of the mask's radius and
+    elongation on the mask's grid; the roughness whose mean is the mask's is that mask's, and the
+    logarithms' mean and standard deviation are the fit. Medians: liver 0.11, pancreas 0.13, kidney
+    0.09, colon 0.38 (tumours that grow along a wall, around a lumen).
     """
 
     lesions: int
@@ -99,22 +104,22 @@ MEASURED: dict[str, Measured] = {
     # LiTS
     "liver": Measured(
         *(433, 1.805, 0.698, 1.1, 45.2, -0.627, 0.598, 0.478, 0.235),
-        *(1.345, 1.297, 70, -2.0, 0.4),
+        *(1.345, 1.297, 70, -2.251, 0.347),
     ),
     # MSD Task07 and the Radboudumc cases of ULS23
     "pancreas": Measured(
         *(189, 2.489, 0.384, 4.8, 55.9, -0.826, 0.497, 0.519, 0.216),
-        *(0.215, 0.223, 2, -2.0, 0.4),
+        *(0.215, 0.223, 2, -2.190, 0.432),
     ),
     # KiTS21
     "kidney": Measured(
         *(165, 2.906, 0.578, 2.7, 69.6, -1.292, 0.494, 0.533, 0.225),
-        *(-0.119, 0.560, 3, -2.0, 0.4),
+        *(-0.119, 0.560, 3, -2.460, 0.412),
     ),
     # MSD Task10
     "colon": Measured(
         *(64, 2.875, 0.355, 6.5, 48.2, -0.474, 0.431, 0.606, 0.230),
-        *(0.212, 0.223, 2, -2.0, 0.4),
+        *(0.212, 0.223, 2, -0.973, 0.304),
     ),
 }
 # Organs whose tumours nobody measured for us. Oesophageal cancer grows along a wall as colon

@@ -56,6 +56,8 @@ __all__ = [
     "RadiusPrior",
     "difftumor_axes",
     "draw_radius",
+    "lattice_level",
+    "level_on_grid",
     "prior_used",
     "radius_prior",
     "sample_level",
@@ -111,7 +113,7 @@ def tumor_mask(
         raise UserError(f"tumour radius is {radius_mm} mm. Expected a positive number")
     if steps.shape != (3,) or not (np.isfinite(steps).all() and (steps > 0).all()):
         raise UserError(f"spacing is {spacing}. Expected three positive numbers in mm")
-    level, extent = _lattice_level(key, radius, numbers)
+    level, extent = lattice_level(key, radius, numbers)
     # Where between two voxel centres the tumour's middle lies. Far from the indices that the
     # shape's own keys are split by.
     offset = _grid_offset(jax.random.fold_in(key, 1 << 20))
@@ -144,7 +146,20 @@ def sample_level(
         surface). `level < 0` is the mask. Where the tumour is smaller than a voxel it may have no
         voxel; `level <= jnp.minimum(0, level.min())` has at least one.
     """
-    level, extent = _lattice_level(key, radius_mm, prior)
+    return level_on_grid(*lattice_level(key, radius_mm, prior), shape, spacing, centre)
+
+
+def level_on_grid(
+    level: Float[Array, "n n n"],
+    extent: Float[Array, "3"],
+    shape: tuple[int, int, int],
+    spacing: Float[Array, "3"] | tuple[float, float, float],
+    centre: Float[Array, "3"] | tuple[float, float, float],
+) -> Float[Array, "x y z"]:
+    """Samples a shape from `lattice_level` on a voxel grid, see `sample_level`; pure.
+
+    With the extent times a factor it is the same shape, that much larger.
+    """
     last = level.shape[0] - 1
     for axis in range(3):
         place = (jnp.arange(shape[axis]) - centre[axis]) * spacing[axis] / extent[axis]
@@ -209,10 +224,10 @@ def _voxelize(
 
 
 @jax.jit
-def _lattice_level(
+def lattice_level(
     key: PRNGKeyArray, radius: Float[Array, ""] | float, prior: Shape
 ) -> tuple[Float[Array, "n n n"], Float[Array, "3"]]:
-    """A shape's level on a lattice over +-extent (mm) about its middle, and that extent."""
+    """Returns a shape's level on a lattice over +-extent (mm) about its middle, and that extent."""
     radius = jnp.asarray(radius, jnp.float32)
     if isinstance(prior, DifftumorShape):
         return _difftumor_level(key, radius, prior)
