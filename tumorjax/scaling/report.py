@@ -29,7 +29,7 @@ from tumorjax import files
 from tumorjax.errors import UserError
 from tumorjax.metrics.detection import SIZE_GROUPS
 from tumorjax.pages import template
-from tumorjax.scaling import figures, pictures, report_tables, words
+from tumorjax.scaling import figures, pictures, report_tables, synthetic_arm, words
 from tumorjax.scaling.results import (
     ALL_TUMORS,
     ARMS,
@@ -91,6 +91,7 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
         "tiles": _tiles(found, metric),
         "stories": {figures.SPLIT_NAMES[s]: words.story(found, metric, s) for s in SPLITS},
         "progress": _progress(study, config),
+        "synthesis": _synthesis(study),
         "timing": _timing(study),
         "rejected": _rejected(study),
         "config": _config(study, config),
@@ -355,6 +356,12 @@ def _progress(study: Path, config: Mapping[str, Any]) -> str:
     if done >= planned:
         return ""
     return f"{done} of the study's {planned} cells are done; this report is of those."
+
+
+def _synthesis(study: Path) -> str:
+    """Returns where the study's synthetic tumours come from, "" where it has none."""
+    path = study / "synthesis.json"
+    return synthetic_arm.sentence(json.loads(path.read_text())) if path.is_file() else ""
 
 
 def _timing(study: Path) -> list[tuple[str, float, float]]:

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from tumorjax import anatomy, parallel
 from tumorjax.errors import UserError
-from tumorjax.models.convolution import compiler_options
 from tumorjax.synthesis import diffusion_render, online_texture, shapes, texture
 from tumorjax.synthesis.store import INSIDE
 from tumorjax.training.segmenter import Transform
@@ -234,7 +233,8 @@ def make(
             image, label = (jax.lax.with_sharding_constraint(a, volumes) for a in (image, label))
         return image, label
 
-    return Transform(jax.jit(add_tumors, compiler_options=compiler_options()), weights)
+    # Without compiler options, which only the step that it becomes part of may have.
+    return Transform(jax.jit(add_tumors), weights)
 
 
 # ---------------------------------------------------------------------------- what is set once
