@@ -21,7 +21,6 @@ from tumorjax import anatomy, parallel
 from tumorjax.errors import UserError
 from tumorjax.models.convolution import compiler_options
 from tumorjax.synthesis import diffusion_render, online_texture, shapes, texture
-from tumorjax.synthesis.store import INSIDE
 from tumorjax.synthesis.trained_diffusion import TrainedDiffusion
 from tumorjax.training.segmenter import Transform
 
@@ -90,7 +89,7 @@ def find_hosts(classes: Mapping[str, Sequence[str]]) -> list[Host]:
     united = [set(labels) for labels in classes.values()]
     hosts = []
     for tumor, organ in anatomy.HOST.items():
-        own = {*anatomy.organ_labels(organ), *INSIDE.get(organ, ())}
+        own = {*anatomy.organ_labels(organ), *anatomy.INSIDE.get(organ, ())}
         indices = tuple(i for i, labels in enumerate(united, start=1) if labels and labels <= own)
         if table[anatomy.LABELS[tumor]] and indices:
             hosts.append(Host(organ, indices, int(table[anatomy.LABELS[tumor]])))

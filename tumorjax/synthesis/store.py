@@ -18,9 +18,6 @@ from tumorjax.synthesis.implant import implant_in_one
 from tumorjax.synthesis.placement import check_position
 from tumorjax.synthesis.synthesizers import Synthesizer, check_grid, from_settings
 
-# Labels that lie inside an organ and hide it in a label map: to tumours they are the organ.
-INSIDE = {"liver": ("hepatic_vessel",)}
-
 
 def make_store(
     real: volumes.Store,
@@ -165,7 +162,7 @@ def _make_case(
     spacing = tuple(record["spacing"])
     is_tumor = label > max(anatomy.ORGANS.values())
     organ = anatomy.HOST[plan.tumor]
-    within = [anatomy.LABELS[name] for name in INSIDE.get(organ, ())]
+    within = [anatomy.LABELS[name] for name in anatomy.INSIDE.get(organ, ())]
     parts = [
         np.isin(label, [anatomy.LABELS[name], *within]) for name in anatomy.organ_labels(organ)
     ]
