@@ -24,7 +24,7 @@ JOBS = {
     "diffusion": "tumorjax.synthesis.diffusion_training",
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
-    "synthesis": "tumorjax.synthesis.job",
+    "synthesis": "tumorjax.inference.organs",
     "export": "tumorjax.inference.nnunet_export",
 }
 
