@@ -22,6 +22,7 @@ JOBS = {
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
     "synthesis": "tumorjax.synthesis.job",
+    "realism": "tumorjax.synthesis.realism",
     "export": "tumorjax.inference.nnunet_export",
 }
 
