@@ -25,7 +25,6 @@ JOBS = {
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
     "synthesis": "tumorjax.inference.organs",
-    "synthesis": "tumorjax.synthesis.job",
     "realism": "tumorjax.synthesis.realism",
     "export": "tumorjax.inference.nnunet_export",
 }
