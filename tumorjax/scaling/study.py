@@ -7,7 +7,7 @@ report. Several processes may be started on one workdir; they share the cells.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from tumorjax.files import read_csv, write_csv_atomic, write_json_atomic
 from tumorjax.locks import locked
 from tumorjax.scaling import grid, laws, report, synthetic_arm
 from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
-from tumorjax.scaling.results import WITH_SYNTHETIC
+from tumorjax.scaling.results import REAL, WITH_SYNTHETIC
 from tumorjax.settings import first_difference, plain
+from tumorjax.synthesis import realism
 from tumorjax.synthesis.store import make_store
 from tumorjax.training.segmenter import check_network
-from tumorjax.volumes import open_store
+from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
 _FREE = ("mesh", "processes", "workers", "cpu_devices")
@@ -119,6 +120,12 @@ def run(config: ConfigDict, workdir: Path) -> int:
     ]
     with locked(workdir / ".report.lock"):
         if not _finished(workdir):
+            if synthetic_store is not None:
+                with clock("realism"):
+                    reference = _reference(cells, folders)
+                    rejected += _realism(
+                        workdir / "realism", store, split.train, synthetic_store, reference
+                    )
             _gather(config, workdir, folders, rejected, clock)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
     print(f"time: {seconds}; in all {clock.total():.0f} s")
@@ -168,6 +175,28 @@ def _check(config: ConfigDict, workdir: Path) -> None:
                 )
         else:
             write_json_atomic(path, plain(config))
+
+
+def _reference(cells: list[grid.Cell], folders: Mapping[grid.Cell, Path]) -> str:
+    """Returns the folder of the largest cell without synthetic tumours; "" if there is none."""
+    real = [cell for cell in cells if cell.arm == REAL and is_done(folders[cell])]
+    return str(folders[max(real, key=lambda cell: (cell.n_real, -cell.seed))]) if real else ""
+
+
+def _realism(
+    folder: Path, store: Store, real: Sequence[str], synthetic: Store, checkpoint: str
+) -> list[dict[str, Any]]:
+    """Compares the training patients' tumours with the synthetic ones; returns what was set aside.
+
+    What they look like is said by the encoder of a network that has seen no synthetic tumour.
+    """
+    try:
+        summary = realism.write(store, real, synthetic, None, folder, {"checkpoint": checkpoint})
+    except UserError as error:
+        # A study may well have too few tumours to compare; its curves do not depend on it.
+        print(f"synthetic and real tumours are not compared: {error}")
+        return []
+    return [dict(row) for row in summary["rejected"]]
 
 
 def _gather(
