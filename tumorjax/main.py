@@ -21,9 +21,11 @@ JOBS = {
     "preparation": "data_prep.prepare",
     "segmentation": "tumorjax.training.segmenter",
     "autoencoder": "tumorjax.synthesis.autoencoder_training",
+    "diffusion": "tumorjax.synthesis.diffusion_training",
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
-    "synthesis": "tumorjax.synthesis.job",
+    "synthesis": "tumorjax.inference.organs",
+    "realism": "tumorjax.synthesis.realism",
     "export": "tumorjax.inference.nnunet_export",
 }
 

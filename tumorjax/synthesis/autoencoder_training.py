@@ -157,7 +157,7 @@ def train(
             progress=progress,
         )
     except loop.Diverged as error:
-        raise UserError(f"{error}. {_last_checkpoint(folder)}") from error
+        raise UserError(f"{error}. {last_checkpoint(folder)}") from error
 
 
 def split_patients(
@@ -262,7 +262,7 @@ def _on_host(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
-def _last_checkpoint(folder: Path) -> str:
+def last_checkpoint(folder: Path) -> str:
     with checkpoints.open_manager(folder) as manager:
         step = manager.latest_step()
     if step is None:
