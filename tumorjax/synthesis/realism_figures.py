@@ -67,14 +67,14 @@ def title(kind: str) -> str:
 
 
 def distributions(
-    kinds: Kinds, quantities: Mapping[str, str], numbers: Mapping[str, tuple[list, list]]
+    kinds: Kinds, quantities: Mapping[str, str], numbers: Mapping[str, Mapping[bool, Sequence[int]]]
 ) -> Figure:
     """Returns histograms of what masks measure: a row a kind of tumour, a column a quantity.
 
     Args:
         kinds: kind -> its tumours.
         quantities: field of `Measures` -> axis label.
-        numbers: kind -> tumours of each scan, real and synthetic; drawn in a last column where given.
+        numbers: kind -> whether synthetic -> tumours of each scan; a last column where given.
     """
     columns = [*quantities.items(), *([("number", "tumours in a scan")] if numbers else [])]
     figure, axes = _grid(list(kinds), len(columns))
