@@ -3,16 +3,17 @@
     python -m tumorjax.main --config=configs/autoencoder.py --workdir=runs/autoencoder
     python -m tumorjax.main --config=configs/autoencoder.py --config.data.store=STORE
 
-Variants: virtual (default: the built-in cohort's pool of patients, minutes on 2 cores). Labels, where
-there are any, only say where crops lie (training.centered). WORKDIR has the network, quality.json
+Variants: virtual (default: the built-in cohort's pool of patients, minutes on 2 cores), paper
+(DiffTumor's VQ-GAN and its training, for a GPU, on scans of one's own). Labels, where there are
+any, only say where crops lie (training.centered). WORKDIR has the network, quality.json
 (PSNR, SSIM and error in HU by tissue on held-out patients) and trained_on.json (who was seen).
 """
 
 from ml_collections import ConfigDict
 
-from data_prep import virtual_abdomen
+from configs import scaling
 
-VARIANTS = ("virtual",)
+VARIANTS = ("virtual", "paper")
 
 
 def get_config(variant: str = "virtual") -> ConfigDict:
@@ -31,23 +32,16 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.data.labels = ConfigDict()  # names of labels, as in configs/preparation.py
     config.data.held_out = 0.1  # share of the patients that quality is measured on
 
-    # The pool: patients of the built-in cohort's hospitals that no study has, by another seed.
-    config.virtual = ConfigDict(
-        {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in virtual_abdomen.default_settings().items()
-        }
-    )
+    # The pool: the default study's scanners and tumours, of all three organs, in patients that no
+    # study has: those of another seed.
+    study = scaling.get_config()
+    config.virtual = ConfigDict(study.virtual)
     config.virtual.seed = 1000
     config.virtual.tumors = ("liver_lesion", "pancreatic_lesion", "kidney_lesion")
     config.virtual.patients_per_site = 40
     config.virtual.ood_patients_per_site = 0
-    config.virtual.ood_sites = ()
 
-    config.preparation = ConfigDict()
-    config.preparation.spacing = (4.0, 4.0, 4.0)  # mm
-    config.preparation.window = (-175.0, 250.0)  # HU that become -1 and 1
-    config.preparation.order = 1
+    config.preparation = ConfigDict(study.preparation)  # what -1 and 1 are, and the grid
 
     config.model = ConfigDict()
     config.model.preset = "small"  # or "difftumor"; the other settings take the place of a preset's
@@ -59,14 +53,32 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.training.steps = 4000
     config.training.centered = 0.5  # share of crops on an organ or tumour; 0: labels are not used
     config.training.tumor_share = 0.5  # of those, on a tumour where there is one
-    config.training.gradient = 0.5  # weight of the error of slopes, beside the absolute error's 1
-    config.training.kl = 1e-4  # weight of the divergence from the unit Gaussian, nats a latent
-    config.training.optimizer = "adamw"
+    config.training.reconstruction = 1.0  # weight of the absolute error
+    config.training.gradient = 0.5  # weight of the error of slopes: sharper edges and textures
+    config.training.kl = 1e-4  # of kind "kl": weight of the divergence from the unit Gaussian
+    config.training.codes = 16384  # of kind "vq", and the three below
+    config.training.codebook_decay = 0.99
+    config.training.least_use = 1.0  # codes that fewer latents a batch are near to start anew
+    config.training.commitment = 0.25
+    # Folder of a cell or a segmentation job whose network's features are compared; empty: none.
+    config.training.perceptual = ""
+    config.training.perceptual_weight = 4.0
+    config.training.adversarial_from = 0  # step from which discriminators train; 0: none
+    config.training.adversarial_slices = 1.0
+    config.training.adversarial_crops = 1.0
+    config.training.feature_matching = 4.0
+    config.training.optimizer = "adamw"  # or "adam", "sgd"
     config.training.learning_rate = 2e-3
     config.training.weight_decay = 0.0
     config.training.clip = 1.0
-    config.training.schedule = "warmup_cosine"
+    config.training.momentum = 0.9  # of sgd
+    config.training.betas = (0.5, 0.9)  # of adam
+    config.training.schedule = "warmup_cosine"  # or "drops", "poly"
     config.training.warmup = 0.05
+    config.training.epoch_steps = 250  # of "poly"
+    config.training.power = 0.9
+    # Of "drops": steps at which the rate falls to 0.1.
+    config.training.drops = (40_000, 50_000, 60_000)
     config.training.save_every = 500
     config.training.log_every = 50
     config.training.loader_threads = 1
@@ -76,4 +88,31 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     config.mesh = ConfigDict({"cell": 1, "data": -1, "fsdp": 1, "space": 1})
     config.processes = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
+
+    if variant == "paper":
+        _paper(config)
     return config
+
+
+def _paper(config: ConfigDict) -> None:
+    """DiffTumor's stage 1: a VQ-GAN of crops of 96^3 at 1 mm, 80,000 steps on 9,262 scans of CT."""
+    config.workers = 8
+    config.data.source = "nnunet"  # a folder of scans: set data.root
+    config.preparation.spacing = (1.0, 1.0, 1.0)  # mm
+    config.preparation.order = 3
+
+    config.model.preset = "difftumor"
+
+    config.training.patch_size = (96, 96, 96)
+    config.training.batch_size = 2
+    config.training.steps = 80_000
+    config.training.centered = 0.0  # crops anywhere
+    config.training.reconstruction = 4.0
+    config.training.gradient = 0.0
+    config.training.adversarial_from = 10_000
+    config.training.optimizer = "adam"
+    config.training.learning_rate = 3e-4
+    config.training.schedule = "drops"
+    config.training.save_every = 1000
+    config.training.log_every = 100
+    config.training.loader_threads = 8
