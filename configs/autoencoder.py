@@ -27,7 +27,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.store = ""  # a prepared store; empty: prepare data.root into WORKDIR/store
-    config.data.source = "virtual"  # virtual, abdomen_atlas, nnunet, msd
+    config.data.source = "virtual"  # virtual, scans, abdomen_atlas, nnunet, msd
     config.data.root = ""  # the scans' folder; empty for virtual: WORKDIR/scans
     config.data.labels = ConfigDict()  # names of labels, as in configs/preparation.py
     config.data.held_out = 0.1  # share of the patients that quality is measured on
@@ -97,7 +97,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 def _paper(config: ConfigDict) -> None:
     """DiffTumor's stage 1: a VQ-GAN of crops of 96^3 at 1 mm, 80,000 steps on 9,262 scans of CT."""
     config.workers = 8
-    config.data.source = "nnunet"  # a folder of scans: set data.root
+    config.data.source = "scans"  # a folder of unlabelled ones: set data.root
     config.preparation.spacing = (1.0, 1.0, 1.0)  # mm
     config.preparation.order = 3
 

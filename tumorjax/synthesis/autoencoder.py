@@ -270,7 +270,7 @@ class Encoder(nnx.Module):
         self.head = layers.Conv(widths[-1], outputs, 1, dtype=kwargs["dtype"], rngs=rngs)
 
     def __call__(self, x: Float[Array, "b x y z 1"]) -> Float[Array, "b x2 y2 z2 c"]:
-        x = self.stem(fold(x) if self.folded else x)
+        x = self.stem(even_convolution.fold(x) if self.folded else x)
         for level in self.levels:
             x = level(x)
         return self.head(jax.nn.silu(self.norm(x))).astype(jnp.float32)
