@@ -40,7 +40,7 @@ from tumorjax.synthesis.trained_autoencoder import TrainedAutoencoder
 from tumorjax.training import loop, schedules
 from tumorjax.volumes import Store
 
-SECTIONS = ("job", "seed", "data", "preparation", "model", "diffusion", "training", "quality")
+SECTIONS = ("job", "seed", "data", "preparation", "model", "diffusion", "training")
 
 
 class Trainer(NamedTuple):
@@ -238,14 +238,14 @@ def optimizer(training: ConfigDict) -> optax.GradientTransformation:
     """Returns Adam, after clipping of the gradient's norm; it steps every `accumulation` batches.
 
     Args:
-        training: learning_rate, schedule, clip, accumulation.
+        training: learning_rate, schedule, clip (0: none), accumulation.
     """
     # The schedule counts batches, Adam's own counter the steps that it makes.
     every = int(training.accumulation)
     rate = learning_rate(training)
-    adam = optax.chain(
-        optax.clip_by_global_norm(training.clip), optax.adam(lambda count: rate(count * every))
-    )
+    adam = optax.adam(lambda count: rate(count * every))
+    if training.clip:
+        adam = optax.chain(optax.clip_by_global_norm(training.clip), adam)
     if every == 1:
         return adam
     multiple = optax.MultiSteps(adam, every)
@@ -331,25 +331,50 @@ def fit(
         write_json_atomic(folder / "trained_on.json", record)
     state, denoise = train(config, seen, organs, autoencoder, folder, mesh, clock=clock)
     if jax.process_index() == 0:
-        with clock("quality"):
-            if held_out:
-                generate = trained_diffusion.make_generate(
-                    config.diffusion,
-                    jax.tree_util.Partial(denoise, state["ema"]),
-                    autoencoder.encode,
-                    autoencoder.decode,
-                    autoencoder.latent_channels,
-                )
-                diffusion_quality.write(
-                    folder,
-                    generate,
-                    lesion_crops.find_lesions(held_out),
-                    organs,
-                    config,
-                    autoencoder.window,
-                )
+        if held_out:
+            with clock("quality"):
+                _measure(config, state, denoise, autoencoder, held_out, organs, folder)
         write_json_atomic(done, wanted)
     return True
+
+
+def _measure(
+    config: ConfigDict,
+    state: Mapping[str, Any],
+    denoise: Callable[[dict[str, Array], Inputs], Array],
+    autoencoder: TrainedAutoencoder,
+    held_out: Sequence[tuple[Store, str]],
+    organs: Sequence[str],
+    folder: Path,
+) -> None:
+    """Compares generated tumours with real ones of held-out scans, by number of steps."""
+    options = convolution.compiler_options()
+    parts = [
+        jax.tree_util.Partial(jax.jit(part.func, compiler_options=options), *part.args)
+        for part in (
+            jax.tree_util.Partial(denoise, state["ema"]),
+            autoencoder.encode,
+            autoencoder.decode,
+        )
+    ]
+
+    def make(steps: int | None) -> jax.tree_util.Partial:
+        return trained_diffusion.make_generate(
+            config.diffusion,
+            *parts,
+            autoencoder.latent_channels,
+            sampler=_sampler(config.diffusion, steps),
+            steps=steps,
+        )
+
+    lesions = lesion_crops.find_lesions(held_out)
+    diffusion_quality.write(folder, make, lesions, organs, config, autoencoder.window)
+
+
+def _sampler(settings: ConfigDict, steps: int | None) -> str:
+    """Returns the sampler for a number of steps: ancestral sampling has but one."""
+    own = settings.sampler == "ancestral" and steps not in (None, settings.timesteps)
+    return "ddim" if own else settings.sampler
 
 
 def train(
