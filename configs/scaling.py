@@ -229,6 +229,7 @@ def _paper(config: ConfigDict) -> None:
     config.cohort.id_test = 0.1
     config.cohort.annotated = "all"
     _three_organs(config)
+    config.synthesis.networks = _networks("paper")
     config.grid.n_real = (60, 120, 278, 435, 750, 1125, 1500, 3159)
     config.grid.seeds = (0,)
     config.model = ConfigDict(
