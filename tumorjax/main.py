@@ -20,6 +20,7 @@ JOBS = {
     "worth": "tumorjax.scaling.worth",
     "preparation": "data_prep.prepare",
     "segmentation": "tumorjax.training.segmenter",
+    "autoencoder": "tumorjax.synthesis.autoencoder_training",
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
     "synthesis": "tumorjax.synthesis.job",

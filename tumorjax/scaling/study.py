@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_prep.prepare import prepare
+from data_prep.prepared_store import prepared_store
 from tumorjax import parallel
 from tumorjax.anatomy import class_table, tumor_classes
 from tumorjax.clock import Clock
@@ -28,8 +28,8 @@ from tumorjax.scaling import grid, laws, report
 from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
 from tumorjax.settings import first_difference, plain
 from tumorjax.synthesis.implant import make_store
-from tumorjax.training.segmenter import check_grid_of, check_network
-from tumorjax.volumes import Store, open_store
+from tumorjax.training.segmenter import check_network
+from tumorjax.volumes import open_store
 
 # What may differ between two runs of one study: where it computes, not what.
 _FREE = ("mesh", "processes", "workers", "cpu_devices")
@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         return 1 if _rejected(workdir) else 0
     mesh = parallel.make_mesh(config.mesh)
     with clock("prepare"), locked(workdir / ".prepare.lock"):
-        store, rejected = _prepare(config, workdir)
+        store, rejected = prepared_store(config, workdir)
     records = {case: store.record(case) for case in store.cases}
     classes = config.task.classes
     split = cohort.split(records, config.cohort, config.seed, classes)
@@ -161,29 +161,6 @@ def _check(config: ConfigDict, workdir: Path) -> None:
                 )
         else:
             write_json_atomic(path, plain(config))
-
-
-def _prepare(config: ConfigDict, workdir: Path) -> tuple[Store, list[dict[str, Any]]]:
-    """Opens the store that the config names, or makes the study's own."""
-    if config.data.store:
-        store = open_store(config.data.store)
-        check_grid_of(store, config.preparation)
-        return store, []
-    url = str(workdir / "store")
-    virtual = config.data.source == "virtual"
-    settings = config.preparation.to_dict()
-    settings["source_settings"] = (
-        config.virtual.to_dict() if virtual else {"labels": config.data.labels.to_dict()}
-    )
-    rejected = prepare(
-        config.data.source,
-        config.data.root or str(workdir / "scans"),
-        url,
-        settings,
-        workdir,
-        workers=config.workers,
-    )
-    return open_store(url), [dict(row) for row in rejected]
 
 
 def _gather(
