@@ -1,13 +1,14 @@
-"""The peer of benchmarks.synthesis has DiffTumor's layers: shapes, and parameters counted by hand."""
+"""The peer of benchmarks.synthesis has DiffTumor's layers: shapes and parameters, counted anew."""
 
+import importlib
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-
-from benchmarks import difftumor_sampler as peer
+peer = importlib.import_module("benchmarks.difftumor_sampler")
 
 
 def count(module) -> int:
@@ -58,7 +59,7 @@ def test_denoiser_has_the_parameters_of_its_layers():
         return block(before, width) + block(width, width) + linear + attention(width)
 
     widths = [24, 24, 48, 96, 192]
-    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    pairs = list(itertools.pairwise(widths))
     expected = convolution(49, 17, 24) + attention(24)
     expected += convolution(1, 24, wide) + convolution(1, wide, wide)  # of the time
     expected += 32 * 8  # of the relative positions
