@@ -21,6 +21,7 @@ JOBS = {
     "preparation": "data_prep.prepare",
     "segmentation": "tumorjax.training.segmenter",
     "autoencoder": "tumorjax.synthesis.autoencoder_training",
+    "diffusion": "tumorjax.synthesis.diffusion_training",
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
     "synthesis": "tumorjax.synthesis.job",

@@ -110,6 +110,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def sample_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of one value a sample [b]: over "data"."""
+    return NamedSharding(mesh, SAMPLES)
+
+
 def by_class(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """The sharding of [b, classes, ...]: b over "data", classes over "space" where they divide."""
     split = shape[1] % mesh.shape["space"] == 0
@@ -145,17 +150,20 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
     Raises:
         UserError: the batch does not divide by the devices along "data", or x along "space".
     """
-    sharding = batch_sharding(mesh)
     for name, array in batch.items():
         size = array.shape[0] * jax.process_count()
-        if size % mesh.shape["data"] or array.shape[1] % mesh.shape["space"]:
+        # Values of a sample that are no volume, such as its organ, have no first spatial axis.
+        length = array.shape[1] if array.ndim > 1 else 0
+        if size % mesh.shape["data"] or length % mesh.shape["space"]:
             raise UserError(
                 f"{name} of shape {(size, *array.shape[1:])} does not divide over"
                 f" {mesh.shape['data']} devices along 'data' and {mesh.shape['space']} along"
                 " 'space'. Change training.batch_size, training.patch_size or the mesh"
             )
     return {
-        name: jax.make_array_from_process_local_data(sharding, array)
+        name: jax.make_array_from_process_local_data(
+            batch_sharding(mesh) if array.ndim > 1 else sample_sharding(mesh), array
+        )
         for name, array in batch.items()
     }
 

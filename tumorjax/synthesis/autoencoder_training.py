@@ -273,7 +273,7 @@ def train(
             progress=progress,
         )
     except loop.Diverged as error:
-        raise UserError(f"{error}. {_last_checkpoint(folder)}") from error
+        raise UserError(f"{error}. {last_checkpoint(folder)}") from error
     return trainer.model, state["parameters"]
 
 
@@ -283,7 +283,7 @@ def _images(batches: crops.CropLoader):
         yield {"image": batch["image"]}
 
 
-def _last_checkpoint(folder: Path) -> str:
+def last_checkpoint(folder: Path) -> str:
     with checkpoints.open_manager(folder) as manager:
         step = manager.latest_step()
     if step is None:
