@@ -7,7 +7,8 @@ from scipy import ndimage
 from tumorjax import anatomy, volumes
 from tumorjax.data.cohort import Implant
 from tumorjax.errors import CaseError, UserError
-from tumorjax.synthesis.implant import make_store
+from tumorjax.synthesis import diffusion_render
+from tumorjax.synthesis.store import make_store
 
 SPACING = (3.0, 3.0, 3.0)
 WINDOW = (-175.0, 250.0)
@@ -173,3 +174,82 @@ def test_a_wrong_plan_is_an_error_before_anything_is_written(real, tmp_path):
     with pytest.raises(UserError, match="synthesizer 'dreams' is unknown"):
         make_store(real, tmp_path / "syn", twice[:1], {"synthesizer": "dreams"})
     assert not (tmp_path / "syn").exists()
+
+
+@pytest.fixture
+def diffusion(monkeypatch, make_trained):
+    """Models of checkpoints "one" and "two" in the place of trained ones."""
+    levels = {"one": (-0.1, 0.0, 0.1), "two": (-0.2, 0.0, 0.1)}
+
+    def open_model(checkpoint, sampler=None, steps=None, guidance=None):
+        if checkpoint == "coarse":
+            return diffusion_render.make_model(make_trained(spacing=(4.0, 4.0, 4.0)))
+        if checkpoint == "wide":
+            return diffusion_render.make_model(make_trained(window=(-200.0, 300.0)))
+        trained = make_trained(level=levels[checkpoint])
+        return diffusion_render.make_model(trained, sampler=sampler, steps=steps)
+
+    monkeypatch.setattr(diffusion_render, "open_model", open_model)
+    return {"synthesizer": "diffusion", "prior": "difftumor", "checkpoint": "one"}
+
+
+def test_a_diffusion_model_makes_a_store_of_its_own_look(real, tmp_path, diffusion):
+    implants = plan(("BDMAP_1", "liver_lesion", "medium"), ("BDMAP_1", "kidney_lesion", "small"))
+    assert make_store(real, tmp_path / "syn", implants, diffusion) == []
+    store = volumes.open_store(tmp_path / "syn")
+    assert store.settings == real.settings
+    for name, tumor_name, level in (
+        ("syn0", "liver_lesion", 13.0),
+        ("syn1", "kidney_lesion", 57.0),
+    ):
+        label = store.read(name, "label")
+        tumor = label == anatomy.LABELS[tumor_name]
+        before, after = real.read("BDMAP_1", "image"), store.read(name, "image")
+        far = ndimage.distance_transform_edt(~tumor, sampling=SPACING) > 6
+        np.testing.assert_array_equal(after[far], before[far])
+        core = ndimage.binary_erosion(tumor)
+        assert float(np.mean(after[core])) * 425 - 175 == pytest.approx(level, abs=10)
+    record = store.record("syn0")["synthetic"]
+    assert record["synthesizer"] == "diffusion"
+    assert len(record["model"]["fingerprint"]) == 16
+    assert "texture" not in record
+
+
+def test_a_store_of_another_model_is_made_anew(real, tmp_path, diffusion):
+    implants = plan(("BDMAP_1", "liver_lesion", "small"))
+    url = tmp_path / "syn"
+    tokens = []
+    for change in ({}, {}, {"checkpoint": "two"}, {"steps": 8}, {"synthesizer": "rules"}):
+        make_store(real, url, implants, diffusion | change)
+        tokens.append(volumes.open_store(url).record("syn0")["token"])
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens)) == 4
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("coarse", r"made with spacing 3, 3, 3, and .* trained with spacing 4, 4, 4"),
+        ("wide", r"made with window -175, 250, and .* trained with window -200, 300"),
+    ],
+)
+def test_models_of_another_grid_are_refused(real, tmp_path, diffusion, checkpoint, message):
+    implants = plan(("BDMAP_1", "liver_lesion", "small"))
+    with pytest.raises(UserError, match=message):
+        make_store(real, tmp_path / "syn", implants, diffusion | {"checkpoint": checkpoint})
+    assert not (tmp_path / "syn").exists()
+
+
+def test_tumours_beyond_the_crop_of_a_model_become_smaller_ones(
+    real, tmp_path, monkeypatch, make_trained
+):
+    model = diffusion_render.make_model(make_trained(crop=(20, 20, 20)))
+    monkeypatch.setattr(diffusion_render, "open_model", lambda *settings: model)
+    settings = {"synthesizer": "diffusion", "checkpoint": "small"}
+    assert (
+        make_store(real, tmp_path / "syn", plan(("BDMAP_1", "liver_lesion", "large")), settings)
+        == []
+    )
+    made = volumes.open_store(tmp_path / "syn").record("syn0")["synthetic"]
+    assert made["requested_size"] == "large"
+    assert made["size"] in ("medium", "small")

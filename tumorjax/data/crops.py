@@ -7,7 +7,7 @@ batches, and processes that share a job each make their own rows of the same glo
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import grain.python as grain
@@ -46,7 +46,8 @@ class CropLoader:
     """Endless iterator over batches; `step` is the number of the next one.
 
     Each batch is {"image": float32 [b, x, y, z, 1] in the store's [0, 1], "label": uint8
-    [b, x, y, z] class indices of the task}, where b is this process's share of the batch.
+    [b, x, y, z] class indices of the task}, where b is this process's share of the batch; with
+    `hosts` also "implant": bool [b], whether the crop is of one of these cases.
     """
 
     def __init__(self, batches: "_Batches", start: int, threads: int, prefetch: int):
@@ -106,6 +107,7 @@ def loader(
     final_patch_size: Sequence[int] | None = None,
     foreground_classes: Sequence[str] | None = None,
     tumor_share: float | None = None,
+    hosts: Collection[str] | None = None,
 ) -> CropLoader:
     """Returns an endless, reproducible stream of training batches.
 
@@ -133,6 +135,7 @@ def loader(
         foreground_classes: classes that crops are centred on; all of the task if None.
         tumor_share: chance that a centred crop is on one of the tumour classes where the case has
             a tumour and another class as well; None gives each class the same chance.
+        hosts: cases that are to get synthetic tumours on the device; None where none are.
 
     Raises:
         UserError: no sources, or a setting that does not fit.
@@ -173,6 +176,7 @@ def loader(
         ),
         first_centered=round(batch_size * (1 - foreground)),
         seed=seed,
+        hosts=None if hosts is None else frozenset(hosts),
     )
     return CropLoader(batches, start, threads, max(prefetch, threads))
 
@@ -240,7 +244,9 @@ class _Batches:
         rows: range,
         first_centered: int,
         seed: int,
+        hosts: frozenset[str] | None,
     ):
+        self._hosts = hosts
         self._sources = sources
         self._table = table
         self._centers = centers
@@ -263,6 +269,7 @@ class _Batches:
         # Outside the volume there is air (0 after clipping) and background.
         image: Float[np.ndarray, "b x y z 1"] = np.zeros((rows, *self._patch, 1), np.float32)
         label: UInt8[np.ndarray, "b x y z"] = np.zeros((rows, *self._patch), np.uint8)
+        implant = np.zeros(rows, bool)
         for index, row in enumerate(self._rows):
             # A sample's number counts over all processes, so it does not depend on who makes it.
             sample = step * self._batch_size + row
@@ -271,7 +278,9 @@ class _Batches:
             rng = np.random.default_rng([self._seed, _CROP, sample])
             corner = self._corner(number, row >= self._first_centered, rng)
             read_crop(store, case, corner, image[index, ..., 0], label[index])
-        return {"image": image, "label": self._table[label]}
+            implant[index] = case in (self._hosts or ())
+        batch = {"image": image, "label": self._table[label]}
+        return batch if self._hosts is None else batch | {"implant": implant}
 
     def _case(self, sample: int) -> int:
         """Returns which source a sample is from: shuffled passes without replacement."""

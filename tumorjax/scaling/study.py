@@ -27,7 +27,7 @@ from tumorjax.locks import locked
 from tumorjax.scaling import grid, laws, report
 from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
 from tumorjax.settings import first_difference, plain
-from tumorjax.synthesis.implant import make_store
+from tumorjax.synthesis.store import make_store
 from tumorjax.training.segmenter import check_network
 from tumorjax.volumes import open_store
 

@@ -5,8 +5,10 @@ wider; in the liver not at its very border; large tumours of organs other than l
 at the organ's middle; the mask is cut to the organ, except that half of the medium and large
 kidney tumours may stick out of it. What is ours: a tumour that the organ cuts below its size's
 group is refused and another place is tried, and so is one that leaves less than 40 % of the organ;
-what sticks out replaces only soft tissue and fat; tumours of hollow organs have
-their centre in the wall or in what it holds, not in gas.
+what sticks out replaces only soft tissue and fat; nothing of a solid organ's tumour lies in air,
+where an organ's mask may reach beyond the body; tumours of hollow organs have their centre in the
+wall or in what it holds, not in gas. On request tumours keep away from the organ's border, or touch
+it.
 """
 
 from collections.abc import Iterator
@@ -17,12 +19,15 @@ import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 from scipy import ndimage
 
-from tumorjax.errors import CaseError
+from tumorjax.errors import CaseError, UserError
 from tumorjax.metrics.components import label_components
 from tumorjax.synthesis import shapes
 from tumorjax.synthesis.texture import generator
 
 Box = tuple[slice, slice, slice]
+
+# How a tumour lies to its organ's border: as it comes, with organ all around, or touching it.
+POSITIONS = ("anywhere", "inside", "border")
 
 # Places that are tried before an organ counts as too small, and how many of them share one shape.
 _ATTEMPTS = 16
@@ -79,6 +84,8 @@ def place(
     organ: str,
     prior: str,
     case: str,
+    position: str = "anywhere",
+    margin_mm: float = 3.0,
 ) -> Lesion:
     """Draws a tumour's shape and finds a place for it.
 
@@ -94,6 +101,10 @@ def place(
         organ: organ group.
         prior: "difftumor" or "measured".
         case: named in errors.
+        position: "anywhere" in the organ; "inside": at least `margin_mm` of organ lie between the
+            tumour and all that is not organ, along each axis; "border": the tumour touches what is
+            not organ (a scan's end is no border).
+        margin_mm: see `position`.
 
     Returns:
         The placed tumour, in one piece.
@@ -101,7 +112,9 @@ def place(
     Raises:
         CaseError: the organ is absent.
         OrganTooSmall: no place was found.
+        UserError: the position is unknown, or the margin not a positive number.
     """
+    check_position(position, margin_mm)
     box = organ_box(organ_mask)
     if box is None:
         raise CaseError(
@@ -117,12 +130,16 @@ def place(
     may_protrude = (
         bool(random.random() < 0.5) and organ == "kidney" and group in ("medium", "large")
     )
+    may_protrude = may_protrude and position != "inside"
     voxels = int(np.count_nonzero(organ_mask[box]))
-    wanted = organ_mask[box]
+    # What a tumour may lie in.
+    room = _inner(organ_mask, box, steps, margin_mm) if position == "inside" else organ_mask
+    wanted = room[box]
     if organ in _HOLLOW:
         tissue = wanted & _soft_tissue(image[box], steps)
         wanted = tissue if tissue.any() else wanted
-    centres = _centres(random, wanted, taken[box], steps, group, organ)
+    reach = lowest if position == "border" else None
+    centres = _centres(random, wanted, taken[box], steps, group, organ, reach)
     best = 0.0
     shape = np.zeros((0, 0, 0), bool)
     for attempt, centre in zip(range(_ATTEMPTS), centres, strict=False):
@@ -136,21 +153,66 @@ def place(
             shape_key = jax.random.fold_in(draw_key, 1)
             shape = shapes.tumor_mask(shape_key, radius, spacing, organ, prior)
         where = tuple(c + b.start for c, b in zip(centre, box, strict=True))
-        placed = _cut(shape, where, image, organ_mask, taken, blocked, steps, may_protrude)
-        if placed is None:
+        placed = _cut(
+            *(shape, where, image, room, taken, blocked, steps, may_protrude),
+            solid=organ not in _HOLLOW,
+        )
+        if placed is None or (position == "border" and not _touches(placed, organ_mask)):
             continue
         kept, inside = placed.radius_mm, organ_mask[placed.box] & placed.mask
         best = max(best, kept)
         if kept >= lowest and np.count_nonzero(inside) <= _MOST_OF_ORGAN * voxels:
             return placed
     text = size if isinstance(size, str) else f"{size:g} mm"
+    where_ = {
+        "anywhere": "",
+        "inside": f" with {margin_mm:g} mm of organ around it",
+        "border": " that touches its border",
+    }[position]
     raise OrganTooSmall(
         case,
-        f"the {organ} ({voxels * np.prod(steps) / 1000:.0f} ml) has no place for a {text} tumour:"
-        f" it needs a radius of {lowest:.1f} mm and at most 60 % of the organ, and the largest of"
-        f" {_ATTEMPTS} tries had {best:.1f} mm",
+        f"the {organ} ({voxels * np.prod(steps) / 1000:.0f} ml) has no place for a {text} tumour"
+        f"{where_}: it needs a radius of {lowest:.1f} mm and at most 60 % of the organ, and the"
+        f" largest of {_ATTEMPTS} tries had {best:.1f} mm",
         "Ask for a smaller size or leave the case out",
     )
+
+
+def check_position(position: str, margin_mm: float) -> None:
+    """Raises a UserError where `place` could not take these."""
+    if position not in POSITIONS:
+        raise UserError(f"position {position!r} is unknown. Expected {', '.join(POSITIONS)}")
+    if not (np.isfinite(margin_mm) and margin_mm > 0):
+        raise UserError(f"margin is {margin_mm} mm. Expected a positive number")
+
+
+def _inner(
+    organ_mask: Bool[np.ndarray, "x y z"],
+    box: Box,
+    steps: Float[np.ndarray, "3"],
+    margin_mm: float,
+) -> Bool[np.ndarray, "x y z"]:
+    """The organ's voxels that have at least `margin_mm` of it around them along each axis."""
+    reach = np.ceil(margin_mm / steps)
+    # Measured in the axes' own reaches, so that thick slices do not count as deep tissue. The
+    # scan's end may be the organ's: what is beyond it counts as outside.
+    depth = ndimage.distance_transform_edt(np.pad(organ_mask[box], 1), sampling=1 / reach)
+    inner = np.zeros_like(organ_mask)
+    inner[box] = depth[1:-1, 1:-1, 1:-1] > 1 + 1e-6
+    return inner
+
+
+def _touches(lesion: Lesion, organ_mask: Bool[np.ndarray, "x y z"]) -> bool:
+    """Whether a voxel of the lesion is outside the organ or shares a face with what is."""
+    wide = tuple(
+        slice(max(b.start - 1, 0), min(b.stop + 1, n))
+        for b, n in zip(lesion.box, organ_mask.shape, strict=True)
+    )
+    inner = tuple(
+        slice(b.start - w.start, b.stop - w.start) for b, w in zip(lesion.box, wide, strict=True)
+    )
+    beside = ndimage.binary_dilation(~organ_mask[wide])[inner]
+    return bool((beside & lesion.mask).any())
 
 
 def _centres(
@@ -160,8 +222,12 @@ def _centres(
     steps: Float[np.ndarray, "3"],
     group: str,
     organ_name: str,
+    reach: float | None,
 ) -> Iterator[tuple[int, ...]]:
-    """Yields centres inside the organ, the most wanted first; coordinates within `organ`."""
+    """Yields centres inside the organ, the most wanted first; coordinates within `organ`.
+
+    With `reach` they lie at most so many mm (and a point of the lattice) from its border.
+    """
     # The distance transform of a large organ takes seconds; at most 32 points an axis are plenty
     # to know how deep a place lies.
     stride = np.maximum(1, np.ceil(np.asarray(organ.shape) / 32)).astype(int)
@@ -180,11 +246,14 @@ def _centres(
     points = points * stride + np.array([s.start or 0 for s in lattice])
     height = points[:, 2] / max(organ.shape[2] - 1, 1)
 
-    if group == "large" and organ_name not in ("liver", "kidney"):
+    if reach is not None:
+        near = depth <= max(reach, depth.min())
+        points, depth, height = points[near], depth[near], height[near]
+    elif group == "large" and organ_name not in ("liver", "kidney"):
         middle = (np.asarray(organ.shape) - 1) / 2
         yield tuple(points[np.argmin((((points - middle) * steps) ** 2).sum(axis=1))])
     # DiffTumor erodes liver slices by 5x5 voxels of 1 mm.
-    allowed = depth > 2.5 if organ_name == "liver" else depth > 0
+    allowed = depth > 2.5 if organ_name == "liver" and reach is None else depth > 0
     for half in (0.2, 0.3, 0.4, 0.5):
         band = points[allowed & (np.abs(height - 0.5) <= half + 1e-9)]
         for _ in range(3 if len(band) else 0):
@@ -198,7 +267,9 @@ def _centres(
         yield tuple(points[index])
 
 
-def _cut(shape, centre, image, organ_mask, taken, blocked, steps, may_protrude) -> Lesion | None:
+def _cut(
+    shape, centre, image, organ_mask, taken, blocked, steps, may_protrude, solid
+) -> Lesion | None:
     """Puts a shape's middle at a centre and cuts it to what it may cover; None if not allowed."""
     start = [c - n // 2 for c, n in zip(centre, shape.shape, strict=True)]
     box = tuple(
@@ -207,6 +278,11 @@ def _cut(shape, centre, image, organ_mask, taken, blocked, steps, may_protrude) 
     )
     mask = shape[tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))]
     allowed = organ_mask[box]
+    if solid:
+        # By the majority of each voxel's neighbours: noise in fat must not punch holes, and tissue
+        # beside a lung is tissue.
+        dense = (image[box] > _SOFT_TISSUE[0]).astype(np.float32)
+        allowed = allowed & (ndimage.uniform_filter(dense, 3) > 0.5)
     if may_protrude:
         tissue = _soft_tissue(image[box], steps)
         allowed = allowed | (tissue if blocked is None else tissue & ~blocked[box])

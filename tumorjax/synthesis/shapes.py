@@ -1,182 +1,86 @@
-"""Shapes of hand-written tumours: how large, how elongated, how irregular.
+"""Shapes of tumours, as level sets and as masks.
 
-A shape is a level set on a small lattice in millimetres, and only then a mask on a voxel grid. So
-one key gives one tumour, whatever the spacing, and the jitted part has one size and one
-compilation for tumours of 2 and of 60 mm.
+A shape is a level set on a small lattice in millimetres, and only then sampled on a voxel grid. So
+one key gives one tumour, whatever the spacing and the grid, and the jitted part has one size and
+one compilation for tumours of 2 and of 60 mm. How large, elongated and rough tumours are is drawn
+from a prior of `shape_priors`:
 
-Two priors say how large and how elongated tumours are:
-
-"difftumor": the mask generator of DiffTumor (Chen et al., CVPR 2024; taken over from
-    SyntheticTumors, Hu et al., CVPR 2023). Nominal radii of 4, 8, 16 and 32 mm, three axes along
-    the grid's, each drawn evenly from 0.75 to 1.25 of the radius (large: 0.75 to 2.0), then three
-    elastic deformations, one per plane, with 3x3 control points. The same for every organ.
-"measured": what tumours of an organ measure: radius and elongation as fitted to
-    851 lesions that experts outlined in public scans (LiTS, MSD Task07 and Task10, KiTS21,
-    Radboudumc; as `MEASURED` says), turned freely in space. The mask has the volume of a ball of
-    the radius asked for. Radius and elongation are drawn independently; in the measured lesions
-    their correlation is -0.05 to -0.28.
+"difftumor": an ellipsoid along the grid's axes, deformed elastically in its three planes.
+"measured": an ellipsoid turned freely, whose surface lies at exp(f) times the ellipsoid's, f a
+    Gaussian field over directions. So it is one piece, and its volume is that of a ball of the
+    radius asked for.
 """
 
 import functools
-import logging
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import ndtri
-from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from tumorjax.errors import UserError
 from tumorjax.metrics.components import label_components
+from tumorjax.synthesis.shape_priors import (
+    GROUP_RADIUS,
+    MEASURED,
+    NOMINAL_RADIUS,
+    PRIORS,
+    SIZE_MIXES,
+    SIZES,
+    STAND_IN,
+    DifftumorShape,
+    Measured,
+    MeasuredShape,
+    RadiusPrior,
+    draw_radius,
+    prior_used,
+    radius_prior,
+    sample_number,
+    sample_radius,
+    shape_prior,
+    size_group,
+)
 
-SIZES = ("tiny", "small", "medium", "large")
-PRIORS = ("difftumor", "measured")
+__all__ = [
+    "GROUP_RADIUS",
+    "MEASURED",
+    "NOMINAL_RADIUS",
+    "PRIORS",
+    "SIZES",
+    "SIZE_MIXES",
+    "STAND_IN",
+    "DifftumorShape",
+    "Measured",
+    "MeasuredShape",
+    "RadiusPrior",
+    "difftumor_axes",
+    "draw_radius",
+    "lattice_level",
+    "level_on_grid",
+    "prior_used",
+    "radius_prior",
+    "sample_level",
+    "sample_number",
+    "sample_radius",
+    "shape_prior",
+    "size_group",
+    "tumor_mask",
+]
 
-# DiffTumor's nominal radii, mm.
-NOMINAL_RADIUS: dict[str, float] = {"tiny": 4.0, "small": 8.0, "medium": 16.0, "large": 32.0}
+Shape = DifftumorShape | MeasuredShape
 
-# The scaling paper's size groups by radius, mm (its section 3.2). Measured radii below 2 mm are
-# about one voxel of a clinical scan and are not drawn when a group is asked for.
-GROUP_RADIUS: dict[str, tuple[float, float]] = {
-    "tiny": (2.0, 5.0),
-    "small": (5.0, 10.0),
-    "medium": (10.0, 20.0),
-    "large": (20.0, 70.0),
-}
-
-# "early" is DiffTumor's mix for early tumours, "paper" the scaling paper's 4:2:1.
-SIZE_MIXES: dict[str, dict[str, float]] = {
-    "early": {"tiny": 1.0, "small": 1.0},
-    "paper": {"small": 4.0, "medium": 2.0, "large": 1.0},
-}
-
-# DiffTumor's axes and elastic sigma by size group, both in units of the nominal radius
-# (sigma there: tiny 0.5..1, small 1..2, medium 3..6, large 5..10 mm).
-_AXES = {"tiny": (0.75, 1.25), "small": (0.75, 1.25), "medium": (0.75, 1.25), "large": (0.75, 2.0)}
-_SIGMA = {
-    "tiny": (0.125, 0.25),
-    "small": (0.125, 0.25),
-    "medium": (0.1875, 0.375),
-    "large": (0.15625, 0.3125),
-}
-# Irregularity of measured shapes, in units of the radius. Small, because it comes on top of an
-# elongation that was measured on irregular tumours.
-_MEASURED_SIGMA = (0.04, 0.09)
-
-
-class Measured(NamedTuple):
-    """Fit to an organ's lesions in tumour_sizes.csv (851 lesions, one row each).
-
-    log radius is normal (log_radius, log_radius_sd) within [smallest, largest] mm. The elongation
-    e = -log(minor / major axis) is log-normal: log e is normal (log_elongation,
-    log_elongation_sd). The middle axis: log(middle / major) / log(minor / major) is normal
-    (middle, middle_sd) within (0, 1). Means and standard deviations of those logarithms; a
-    Kolmogorov-Smirnov test rejects none of the radius or elongation fits at 5 %.
-    """
-
-    lesions: int
-    log_radius: float
-    log_radius_sd: float
-    smallest: float
-    largest: float
-    log_elongation: float
-    log_elongation_sd: float
-    middle: float
-    middle_sd: float
-
-
-MEASURED: dict[str, Measured] = {
-    # LiTS
-    "liver": Measured(433, 1.805, 0.698, 1.1, 45.2, -0.627, 0.598, 0.478, 0.235),
-    # MSD Task07 and the Radboudumc cases of ULS23
-    "pancreas": Measured(189, 2.489, 0.384, 4.8, 55.9, -0.826, 0.497, 0.519, 0.216),
-    # KiTS21
-    "kidney": Measured(165, 2.906, 0.578, 2.7, 69.6, -1.292, 0.494, 0.533, 0.225),
-    # MSD Task10
-    "colon": Measured(64, 2.875, 0.355, 6.5, 48.2, -0.474, 0.431, 0.606, 0.230),
-}
-# Organs whose tumours nobody measured for us. Oesophageal cancer grows along a wall as colon
-# cancer does. Endometriomas are round cysts of a few centimetres; of the measured tumours those
-# of the kidney are the roundest and of that size.
-STAND_IN: dict[str, str] = {"esophagus": "colon", "uterus": "kidney"}
-
-# 48 points over at most 5.5 semi-axes: linear interpolation between them is off by less than
-# 0.3 % of a semi-axis, far below a voxel.
-_LATTICE = 48
-
-
-def prior_used(organ: str, prior: str) -> str:
-    """Returns the prior that an organ really takes, for records: "measured:colon", "difftumor".
-
-    Args:
-        organ: organ group, such as "liver" or "kidney".
-        prior: one of `PRIORS`.
-
-    Raises:
-        UserError: the prior is unknown, or "measured" has neither lesions nor a stand-in.
-    """
-    if prior == "difftumor":
-        return prior
-    if prior != "measured":
-        raise UserError(f"prior {prior!r} is unknown. Expected one of {', '.join(PRIORS)}")
-    source = STAND_IN.get(organ, organ)
-    if source not in MEASURED:
-        raise UserError(
-            f"prior 'measured' has no tumours of {organ!r}. Expected one of"
-            f" {', '.join([*MEASURED, *STAND_IN])}; or take prior 'difftumor'"
-        )
-    if source != organ:
-        _say_stand_in(organ, source)
-    return f"measured:{source}"
-
-
-def size_group(radius_mm: float) -> str:
-    """Returns the paper's size group of a radius: tiny up to 5 mm, small 10, medium 20, large."""
-    return next((size for size in SIZES if radius_mm <= GROUP_RADIUS[size][1]), "large")
-
-
-def sample_radius(
-    key: PRNGKeyArray,
-    organ: str,
-    prior: str = "difftumor",
-    count: int = 1,
-    sizes: str | Mapping[str, float] | None = None,
-) -> Float[Array, " count"]:
-    """Draws tumour radii.
-
-    Args:
-        key: jax.random key.
-        organ: organ group, such as "liver" or "kidney".
-        prior: "difftumor" (nominal radii) or "measured" (log-normal, see `MEASURED`).
-        count: how many radii.
-        sizes: a size ("small"), a mix by name ("early", "paper") or as {size: weight}. Without
-            it "difftumor" draws from the paper's mix, and "measured" from all that was measured;
-            with it "measured" draws within each size's group.
-
-    Returns:
-        Radii in mm.
-
-    Raises:
-        UserError: prior, organ or size is unknown.
-    """
-    used = prior_used(organ, prior)
-    if sizes is None and prior == "measured":
-        fit = MEASURED[used.removeprefix("measured:")]
-        groups = jnp.asarray([[1.0, fit.smallest, fit.largest]])
-        return _draw_log_normal(key, count, groups, fit.log_radius, fit.log_radius_sd)
-    mix = _mix("paper" if sizes is None else sizes)
-    if prior == "difftumor":
-        return _draw_nominal(
-            key,
-            count,
-            jnp.asarray([[weight, NOMINAL_RADIUS[size]] for size, weight in mix.items()]),
-        )
-    fit = MEASURED[used.removeprefix("measured:")]
-    groups = jnp.asarray([[weight, *GROUP_RADIUS[size]] for size, weight in mix.items()])
-    return _draw_log_normal(key, count, groups, fit.log_radius, fit.log_radius_sd)
+# Points an axis over at most 5.5 (difftumor) or about 3 semi-axes: linear interpolation between
+# them is off by less than 0.3 % of a semi-axis, far below a voxel.
+_LATTICE = {DifftumorShape: 48, MeasuredShape: 32}
+# Degrees of the roughness over the sphere. Below 3 it would move or elongate the tumour, which the
+# ellipsoid does; what is finer than the last is below the voxels of the scans that were measured.
+_DEGREES = (3, 4, 5, 6, 7, 8)
+# Of the roughness' variance each degree has (3 / degree) ** _DECAY, before they are made to sum
+# to 1.
+_DECAY = 2.0
+# Random directions whose zonal functions make up the roughness.
+_DIRECTIONS = 16
 
 
 def tumor_mask(
@@ -202,37 +106,81 @@ def tumor_mask(
     Raises:
         UserError: prior or organ is unknown, radius or spacing is not positive and finite.
     """
-    used = prior_used(organ, prior)
+    numbers = shape_prior(organ, prior)
     steps = np.asarray(spacing, np.float64)
     radius = float(radius_mm)
     if not (np.isfinite(radius) and radius > 0):
         raise UserError(f"tumour radius is {radius_mm} mm. Expected a positive number")
     if steps.shape != (3,) or not (np.isfinite(steps).all() and (steps > 0).all()):
         raise UserError(f"spacing is {spacing}. Expected three positive numbers in mm")
-    if prior == "difftumor":
-        sigma_range = jnp.asarray(_SIGMA[size_group(radius)])
-        axes = difftumor_axes(jax.random.fold_in(key, 0), radius)
-        level, extent, offset = _difftumor_level(
-            jax.random.fold_in(key, 1), radius, axes, sigma_range
+    level, extent = lattice_level(key, radius, numbers)
+    # Where between two voxel centres the tumour's middle lies. Far from the indices that the
+    # shape's own keys are split by.
+    offset = _grid_offset(jax.random.fold_in(key, 1 << 20))
+    return _voxelize(np.asarray(level), np.asarray(extent, np.float64), steps, np.asarray(offset))
+
+
+def sample_level(
+    key: PRNGKeyArray,
+    radius_mm: Float[Array, ""] | float,
+    prior: Shape,
+    shape: tuple[int, int, int],
+    spacing: Float[Array, "3"] | tuple[float, float, float],
+    centre: Float[Array, "3"] | tuple[float, float, float],
+) -> Float[Array, "x y z"]:
+    """Samples a tumour's level set on a voxel grid; pure, for use under jit and vmap.
+
+    All arguments but `shape` may be traced. For several organs stack their priors with
+    `jax.tree.map(lambda *n: jnp.stack(n), *priors)`.
+
+    Args:
+        key: jax.random key; the same key gives the same shape on every grid, `tumor_mask`'s.
+        radius_mm: radius in mm, as of `tumor_mask`.
+        prior: from `shape_prior`.
+        shape: voxels of the grid, static.
+        spacing: (x, y, z) in mm.
+        centre: where the tumour's middle lies, in voxels of the grid; need not be whole.
+
+    Returns:
+        Level, negative inside the tumour, in units of its semi-axes: -1 at its middle (0 is the
+        surface). `level < 0` is the mask. Where the tumour is smaller than a voxel it may have no
+        voxel; `level <= jnp.minimum(0, level.min())` has at least one.
+    """
+    return level_on_grid(*lattice_level(key, radius_mm, prior), shape, spacing, centre)
+
+
+def level_on_grid(
+    level: Float[Array, "n n n"],
+    extent: Float[Array, "3"],
+    shape: tuple[int, int, int],
+    spacing: Float[Array, "3"] | tuple[float, float, float],
+    centre: Float[Array, "3"] | tuple[float, float, float],
+) -> Float[Array, "x y z"]:
+    """Samples a shape from `lattice_level` on a voxel grid, see `sample_level`; pure.
+
+    With the extent times a factor it is the same shape, that much larger.
+    """
+    last = level.shape[0] - 1
+    for axis in range(3):
+        place = (jnp.arange(shape[axis]) - centre[axis]) * spacing[axis] / extent[axis]
+        position = jnp.clip((place + 1) / 2 * last, 0, last)
+        # Linear interpolation as a product with a banded matrix, which accelerators like best.
+        weight = jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(last + 1)))
+        level = jnp.moveaxis(
+            jnp.tensordot(weight, level, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis
         )
-    else:
-        fit = MEASURED[used.removeprefix("measured:")]
-        level, extent, offset = _measured_level(
-            jax.random.fold_in(key, 1), radius, jnp.asarray(fit[5:])
-        )
-    return _voxelize(
-        np.asarray(level), np.asarray(extent, np.float64), steps, np.asarray(offset, np.float64)
-    )
+    return level
 
 
 def difftumor_axes(key: PRNGKeyArray, radius_mm: float) -> Float[Array, "3"]:
     """Draws the semi-axes (mm) of DiffTumor's ellipsoid, before its deformation."""
-    return _uniform_axes(key, radius_mm, jnp.asarray(_AXES[size_group(radius_mm)]))
+    numbers = cast(DifftumorShape, shape_prior("liver", "difftumor"))
+    return _axes(key, jnp.asarray(radius_mm), numbers)[0]
 
 
 @jax.jit
-def _uniform_axes(key, radius, axes_range):
-    return radius * jax.random.uniform(key, (3,), minval=axes_range[0], maxval=axes_range[1])
+def _grid_offset(key):
+    return jax.random.uniform(key, (3,), minval=-0.5, maxval=0.5)
 
 
 def _voxelize(
@@ -276,70 +224,48 @@ def _voxelize(
 
 
 @jax.jit
-def _difftumor_level(key, radius, axes, sigma_range):
-    """DiffTumor's deformed ellipsoid: level set (negative inside), extent and grid offset."""
-    sigma_key, deform_key, offset_key = jax.random.split(key, 3)
-    sigma = radius * jax.random.uniform(sigma_key, minval=sigma_range[0], maxval=sigma_range[1])
-    # DiffTumor's array is four semi-axes wide, with control points at its ends and its middle.
-    extent = 1.25 * axes + 4 * sigma
-    level = _deformed_ellipsoid(deform_key, axes, jnp.eye(3), sigma, 2 * axes, extent)
-    return level, extent, _grid_offset(offset_key)
+def lattice_level(
+    key: PRNGKeyArray, radius: Float[Array, ""] | float, prior: Shape
+) -> tuple[Float[Array, "n n n"], Float[Array, "3"]]:
+    """Returns a shape's level on a lattice over +-extent (mm) about its middle, and that extent."""
+    radius = jnp.asarray(radius, jnp.float32)
+    if isinstance(prior, DifftumorShape):
+        return _difftumor_level(key, radius, prior)
+    return _measured_level(key, radius, prior)
+
+
+def _lattice(extent: Float[Array, "3"], points: int) -> list[Float[Array, "n n n"]]:
+    return list(jnp.meshgrid(*[jnp.linspace(-e, e, points) for e in extent], indexing="ij"))
 
 
 @jax.jit
-def _measured_level(key, radius, fit):
-    """A turned, slightly deformed ellipsoid of a ball's volume: level set, extent, offset."""
-    log_elongation, log_elongation_sd, middle, middle_sd = fit
-    keys = jax.random.split(key, 6)
-    elongation = jnp.exp(log_elongation + log_elongation_sd * jax.random.normal(keys[0]))
-    # Beyond 1:7 lie 1 in 200 of the measured lesions, all of a few voxels.
-    elongation = jnp.minimum(elongation, jnp.log(7.0))
-    share = middle + middle_sd * jax.random.truncated_normal(
-        keys[1], -middle / middle_sd, (1 - middle) / middle_sd
+def _axes(key, radius, prior: DifftumorShape):
+    """DiffTumor's semi-axes, and the range of its deformation's sigma, mm."""
+    limits = jnp.asarray([GROUP_RADIUS[size][1] for size in SIZES[:-1]])
+    group = jnp.searchsorted(limits, radius)
+    low, high = prior.axes[group]
+    return radius * jax.random.uniform(key, (3,), minval=low, maxval=high), (
+        radius * prior.sigma[group]
     )
-    ratios = jnp.exp(-elongation * jnp.stack([0.0, share, 1.0]))
-    axes = radius * ratios / jnp.prod(ratios) ** (1 / 3)
-    # The Q of a Gaussian matrix, with the signs of R taken out, is uniform over rotations.
-    q, r = jnp.linalg.qr(jax.random.normal(keys[2], (3, 3)))
-    rotation = q * jnp.sign(jnp.diagonal(r))
-    sigma = radius * jax.random.uniform(
-        keys[3], minval=_MEASURED_SIGMA[0], maxval=_MEASURED_SIGMA[1]
-    )
-    half = jnp.sqrt((rotation**2) @ axes**2)
-    extent = 1.25 * half + 4 * sigma
-    level = _deformed_ellipsoid(keys[4], axes, rotation, sigma, 2 * half, extent)
-    # A voxel of the lattice counts by the part of it that the linear level says is inside.
-    step = 2 * extent / (_LATTICE - 1)
-    slope = jnp.sqrt(sum((g / s) ** 2 for g, s in zip(jnp.gradient(level), step, strict=True)))
-    share_inside = jnp.clip(0.5 - level / (slope * jnp.min(step) + 1e-9), 0, 1)
-    volume = jnp.sum(share_inside) * jnp.prod(step)
-    extent = extent * (4 / 3 * jnp.pi * radius**3 / volume) ** (1 / 3)
-    return level, extent, _grid_offset(keys[5])
 
 
-def _grid_offset(key):
-    """Where between two voxel centres the tumour's middle lies, in voxels."""
-    return jax.random.uniform(key, (3,), minval=-0.5, maxval=0.5)
-
-
-def _deformed_ellipsoid(key, axes, rotation, sigma, control, extent):
-    """|q| - 1 on the lattice, q the deformed position in units of the semi-axes.
-
-    The deformations in xy, yz and xz follow one another as in DiffTumor, each with Gaussian
-    displacements of `sigma` mm at 3x3 control points at -control, 0 and control of its plane,
-    between which a cubic spline runs.
-    """
-    shifts = sigma * jax.random.normal(key, (3, 2, 3, 3))
-    grid = [jnp.linspace(-e, e, _LATTICE) for e in extent]
-    p = list(jnp.meshgrid(*grid, indexing="ij"))
+def _difftumor_level(key, radius, prior: DifftumorShape):
+    """DiffTumor's deformed ellipsoid: level set (negative inside) and extent."""
+    axes_key, sigma_key, deform_key = jax.random.split(key, 3)
+    axes, (low, high) = _axes(axes_key, radius, prior)
+    sigma = jax.random.uniform(sigma_key, minval=low, maxval=high)
+    extent = 1.25 * axes + 4 * sigma
+    # DiffTumor's array is four semi-axes wide, with control points at its ends and its middle.
+    control = 2 * axes
+    shifts = sigma * jax.random.normal(deform_key, (3, 2, 3, 3))
+    p = _lattice(extent, _LATTICE[DifftumorShape])
     # A mask that was deformed in xy first and xz last is looked up in the opposite order.
     for shift, (a, b) in zip(shifts[::-1], ((0, 2), (1, 2), (0, 1)), strict=True):
         in_a, in_b = _spline_basis(p[a] / control[a]), _spline_basis(p[b] / control[b])
         moved_a = sum(shift[0, i, j] * in_a[i] * in_b[j] for i in range(3) for j in range(3))
         moved_b = sum(shift[1, i, j] * in_a[i] * in_b[j] for i in range(3) for j in range(3))
         p[a], p[b] = p[a] + moved_a, p[b] + moved_b
-    squared = sum((sum(rotation[i, k] * p[i] for i in range(3)) / axes[k]) ** 2 for k in range(3))
-    return jnp.sqrt(squared) - 1
+    return jnp.sqrt(sum((p[k] / axes[k]) ** 2 for k in range(3))) - 1, extent
 
 
 def _spline_basis(u):
@@ -353,48 +279,65 @@ def _spline_basis(u):
     return (1 - even - odd) / 2, even, (1 - even + odd) / 2
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _draw_nominal(key, count, groups):
-    """Draws the second column of `groups` by the weights in the first."""
-    weights = groups[:, 0] / groups[:, 0].sum()
-    return groups[jax.random.choice(key, len(groups), (count,), p=weights), 1]
+def _measured_level(key, radius, prior: MeasuredShape):
+    """A turned, rough ellipsoid of a ball's volume: level set (negative inside) and extent."""
+    keys = jax.random.split(key, 5)
+    elongation = jnp.exp(
+        prior.log_elongation + prior.log_elongation_sd * jax.random.normal(keys[0])
+    )
+    # Beyond 1:7 lie 1 in 200 of the measured lesions, all of a few voxels.
+    elongation = jnp.minimum(elongation, jnp.log(7.0))
+    share = prior.middle + prior.middle_sd * jax.random.truncated_normal(
+        keys[1], -prior.middle / prior.middle_sd, (1 - prior.middle) / prior.middle_sd
+    )
+    ratios = jnp.exp(-elongation * jnp.stack([jnp.zeros_like(share), share, jnp.ones_like(share)]))
+    # The Q of a Gaussian matrix, with the signs of R taken out, is uniform over rotations.
+    q, r = jnp.linalg.qr(jax.random.normal(keys[2], (3, 3)))
+    rotation = q * jnp.sign(jnp.diagonal(r))
+    roughness = jnp.exp(prior.log_roughness + prior.log_roughness_sd * jax.random.normal(keys[3]))
+    field = functools.partial(_field, *_zonal(keys[4], roughness))
+    on_sphere = jnp.exp(field(jnp.asarray(_sphere(1024))))
+    axes = radius * ratios / (jnp.prod(ratios) * jnp.mean(on_sphere**3)) ** (1 / 3)
+    # A few per cent beyond the farthest that any direction can reach.
+    extent = 1.05 * jnp.max(on_sphere) * jnp.sqrt((rotation**2) @ axes**2)
+    grid = jnp.stack(_lattice(extent, _LATTICE[MeasuredShape]), axis=-1)
+    position = jnp.matmul(grid, rotation, precision=jax.lax.Precision.HIGHEST) / axes
+    distance = jnp.sqrt(jnp.sum(position**2, axis=-1))
+    unit = position / jnp.maximum(distance, 1e-6)[..., None]
+    return distance * jnp.exp(-field(unit)) - 1, extent
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _draw_log_normal(key, count, groups, mean, deviation):
-    """Draws a group (weight, low, high), then exp of a normal draw between log low and log high."""
-    group_key, radius_key = jax.random.split(key)
-    weights = groups[:, 0] / groups[:, 0].sum()
-    chosen = groups[jax.random.choice(group_key, len(groups), (count,), p=weights)]
-    low, high = (norm.cdf((jnp.log(chosen[:, i]) - mean) / deviation) for i in (1, 2))
-    u = jax.random.uniform(radius_key, (count,))
-    return jnp.exp(mean + deviation * ndtri(low + u * (high - low)))
+def _zonal(key, roughness):
+    """Directions [3, n] and Legendre coefficients [degree + 1, n] of a Gaussian field.
+
+    sqrt((2 l + 1) / n) sum_k g_k P_l(u . n_k), g_k normal, has the covariance P_l(u . v): the
+    isotropic field of degree l with variance 1, for any n.
+    """
+    direction_key, weight_key = jax.random.split(key)
+    towards = jax.random.normal(direction_key, (3, _DIRECTIONS))
+    towards = towards / jnp.linalg.norm(towards, axis=0)
+    degrees = np.asarray(_DEGREES)
+    variance = (3.0 / degrees) ** _DECAY
+    scale = np.sqrt(variance / variance.sum() * (2 * degrees + 1) / _DIRECTIONS)
+    weights = scale[:, None] * jax.random.normal(weight_key, (len(degrees), _DIRECTIONS))
+    return towards, roughness * jnp.zeros((degrees[-1] + 1, _DIRECTIONS)).at[degrees].set(weights)
 
 
-def _mix(sizes: str | Mapping[str, float]) -> dict[str, float]:
-    if isinstance(sizes, str):
-        if sizes in SIZES:
-            return {sizes: 1.0}
-        if sizes in SIZE_MIXES:
-            return SIZE_MIXES[sizes]
-        raise UserError(
-            f"tumour size {sizes!r} is unknown. Expected one of {', '.join([*SIZES, *SIZE_MIXES])}"
-        )
-    unknown = [name for name in sizes if name not in SIZES]
-    weights = [float(weight) for weight in sizes.values()]
-    if unknown or not weights or min(weights) < 0 or sum(weights) <= 0:
-        raise UserError(
-            f"size mix {dict(sizes)} is not usable. Expected non-negative weights, not all zero,"
-            f" of some of {', '.join(SIZES)}"
-        )
-    return {name: float(weight) for name, weight in sizes.items() if weight > 0}
+def _field(towards, coefficients, unit: Float[Array, "... 3"]) -> Float[Array, "..."]:
+    """Value of a sum of Legendre series at unit vectors."""
+    t = jnp.tensordot(unit, towards, 1, precision=jax.lax.Precision.HIGHEST)
+    # Clenshaw's recurrence for Legendre polynomials.
+    later, after = jnp.zeros_like(t), jnp.zeros_like(t)
+    for degree in range(_DEGREES[-1], -1, -1):
+        now = coefficients[degree] + (2 * degree + 1) / (degree + 1) * t * later
+        later, after = now - (degree + 1) / (degree + 2) * after, later
+    return jnp.sum(later, axis=-1)
 
 
 @functools.cache
-def _say_stand_in(organ: str, source: str) -> None:
-    """Says once a process that an organ takes another's measurements."""
-    logging.getLogger(__name__).info(
-        "no measured tumours of the %s: sizes and elongations of %s tumours are taken",
-        organ,
-        source,
-    )
+def _sphere(points: int) -> Float[np.ndarray, "points 3"]:
+    """Directions spread evenly over the sphere, along a golden spiral."""
+    z = 1 - (2 * np.arange(points) + 1) / points
+    angle = np.pi * (3 - np.sqrt(5)) * np.arange(points)
+    width = np.sqrt(1 - z**2)
+    return np.stack([width * np.cos(angle), width * np.sin(angle), z], axis=1).astype(np.float32)

@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 from scipy import ndimage
 
+from tumorjax.synthesis.blending import edge_weight, filter_gain, grain, organ_statistics
+
 Range = tuple[float, float]
 
 
@@ -130,8 +132,6 @@ TEXTURES: dict[str, Texture] = {
     ),
 }
 
-# Beyond this many sigmas the blurred edge is cut off: its weight there is under 0.3 %.
-_EDGE_REACH = 2.75
 # What is left of a contrast, HU, where a lesion's limits would swallow it or turn it round.
 _LEAST_CONTRAST = 8.0
 # The mass effect ends this far from the lesion, within the context that is given; and moves less
@@ -181,7 +181,7 @@ def smooth_noise(
         )
         noise = ndimage.gaussian_filter(noise, sigma, truncate=3.0)
         noise = noise[tuple(slice(m, m + n) for m, n in zip(margin, coarse, strict=True))]
-        noise *= np.prod([_filter_gain(s) for s in sigma])
+        noise *= np.prod([filter_gain(s) for s in sigma])
         for axis in range(3):
             noise = _resample_axis(noise, axis, shape[axis], spacing[axis] / step[axis])
         total += noise
@@ -223,7 +223,7 @@ def render(
     has_core = random.random() < texture.core_share and radius > 10
 
     host = organ | tumor
-    normal, spread = _organ_statistics(image, organ, texture.reference)
+    normal, spread = organ_statistics(image, organ, texture.reference)
     mean = _lesion_mean(normal, draw["contrast"], texture.limits)
     if texture.mass_effect > 0:
         image = _push(image, host, tumor, steps, texture.mass_effect * radius)
@@ -238,9 +238,9 @@ def render(
             # Dark from about half of the way in.
             way = np.clip(depth / (0.8 * radius), 0, 1)
             lesion += draw["core"] / (1 + np.exp(-(way - 0.5) / 0.12)).astype(np.float32)
-    lesion += _grain(random, image, host, steps, normal, spread)
+    lesion += grain(random, image, host, steps, normal, spread)
 
-    weight = _edge_weight(tumor, organ, steps, draw["edge_mm"])
+    weight = edge_weight(tumor, organ, steps, draw["edge_mm"])
     touched = weight > 0
     result = image.copy()
     result[touched] += weight[touched] * (lesion[touched] - image[touched])
@@ -253,70 +253,6 @@ def _lesion_mean(normal, contrast, limits):
     if contrast < 0:
         return min(mean, normal + max(contrast, -_LEAST_CONTRAST))
     return max(mean, normal + min(contrast, _LEAST_CONTRAST))
-
-
-def _organ_statistics(image, organ, reference):
-    """The organ's median HU and its deviation, robust against vessels and edges."""
-    # Voxels at the organ's border hold some of its neighbours.
-    inner = ndimage.binary_erosion(organ)
-    values = image[inner if inner.sum() >= 30 else organ]
-    if reference is not None:
-        tissue = values[(values >= reference[0]) & (values <= reference[1])]
-        values = tissue if tissue.size >= 10 else np.full(1, 45.0, np.float32)
-    if values.size == 0:
-        return 45.0, 10.0
-    median = float(np.median(values))
-    return median, 1.4826 * float(np.median(np.abs(values - median)))
-
-
-def _grain(random, image, host, steps, normal, spread):
-    """The scan's own noise inside the host, without its vessels, fat and gas."""
-    sigma = 2.5 / steps
-    norm = ndimage.gaussian_filter(host.astype(np.float32), sigma, truncate=2.5)
-    smooth = ndimage.gaussian_filter(np.where(host, image, np.float32(0)), sigma, truncate=2.5)
-    detail = np.where(host, image - smooth / np.maximum(norm, 1e-3), 0)
-    # What is not parenchyma, nor next to such, has no noise that could be taken over: it gets
-    # noise of the same strength, of the correlation of a usual reconstruction kernel.
-    foreign = host & (np.abs(image - normal) > max(3 * spread, 25.0))
-    foreign = ndimage.maximum_filter(foreign, 3)
-    own = detail[host & ~foreign]
-    deviation = 1.4826 * float(np.median(np.abs(own))) if own.size >= 30 else spread
-    deviation = min(deviation, _noise_level(image))
-    # At the organ's outer border the scan's own partial volume stays: half fat is half fat.
-    border = host & ~ndimage.binary_erosion(host, border_value=1)
-    fill = ndimage.gaussian_filter(random.standard_normal(image.shape, np.float32), 0.6)
-    fill *= deviation * _filter_gain(0.6) ** 3
-    clipped = np.where(foreign, fill, np.clip(detail, -3 * deviation, 3 * deviation))
-    partial = border & (detail < -3 * deviation)
-    return np.where(partial, detail, clipped).astype(np.float32)
-
-
-def _noise_level(image):
-    """An upper bound of the noise's deviation, from the evenest tenth of the crop's tissue."""
-    mean = ndimage.uniform_filter(image, 3)
-    variance = ndimage.uniform_filter(image * image, 3) - mean * mean
-    tissue = variance[(mean > -150) & (mean < 300)]
-    if not tissue.size:
-        return 15.0
-    # In even tissue the tenth percentile of local deviations is about 0.7 of the deviation.
-    return 1.4 * float(np.sqrt(max(np.quantile(tissue, 0.1), 1.0)))
-
-
-def _edge_weight(tumor, organ, steps, edge_mm):
-    """Weight of the lesion: 1 inside, blurred towards the rest of the organ, 0 outside it.
-
-    Where the lesion sticks out of the organ it is blurred towards what is there.
-    """
-    sigma = edge_mm / steps
-    host = organ | tumor
-    if (tumor & ~organ).any():
-        reach = 2 * np.ceil(_EDGE_REACH * sigma).astype(int) + 1
-        host |= ndimage.maximum_filter(tumor & ~organ, size=tuple(reach))
-    soft = ndimage.gaussian_filter(tumor.astype(np.float32), sigma, truncate=_EDGE_REACH)
-    # Where the host ends the lesion does not fade: it is weighed against the host alone.
-    whole = ndimage.gaussian_filter(host.astype(np.float32), sigma, truncate=_EDGE_REACH)
-    weight = np.where(host, soft / np.maximum(whole, 1e-6), 0)
-    return np.where(weight < 0.003, 0, np.minimum(weight, 1)).astype(np.float32)
 
 
 def _depth(mask, steps):
@@ -346,14 +282,6 @@ def _push(image, host, tumor, steps, push_mm):
     )
     moved = ndimage.map_coordinates(image, points, order=1, mode="nearest")
     return np.where(host & (shift > 0.05), moved, image).astype(np.float32)
-
-
-def _filter_gain(sigma):
-    """1 / deviation of unit white noise after SciPy's Gaussian filter along one axis."""
-    reach = max(int(3 * sigma + 0.5), 1)
-    taps = np.arange(-reach, reach + 1)
-    kernel = np.exp(-0.5 * (taps / sigma) ** 2)
-    return 1 / np.sqrt(np.sum((kernel / kernel.sum()) ** 2))
 
 
 def _resample_axis(array, axis, size, step):

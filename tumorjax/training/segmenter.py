@@ -3,7 +3,8 @@
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,29 @@ from tumorjax.training import checkpoints, finetuning, loop, losses, schedules
 from tumorjax.volumes import Store, open_store
 
 SECTIONS = ("seed", "task", "preparation", "model", "training", "augmentation", "inference", "mesh")
+
+
+# Folded into a step's key for the transform; augmentation splits the key as it is.
+_TRANSFORM = 0x5EED
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """Changes the crops of marked rows on the device, before augmentation.
+
+    Called as (key, image [b, x, y, z, 1] in [0, 1], label uint8 [b, x, y, z] class indices, where
+    bool [b]) -> (image, label). Equal to itself only.
+
+    Attributes:
+        apply: (weights, and the arguments above); pure, works under jit.
+        weights: arrays that it needs, on the devices of the training.
+    """
+
+    apply: Callable[..., tuple[Array, Array]]
+    weights: Any = ()
+
+    def __call__(self, key: Array, image: Array, label: Array, where: Array):
+        return self.apply(self.weights, key, image, label, where)
 
 
 class Segmenter(NamedTuple):
@@ -77,15 +101,22 @@ def check_network(config: ConfigDict) -> None:
         ) from error
 
 
-def make_segmenter(config: ConfigDict, mesh: Mesh) -> Segmenter:
-    """Returns the compiled pieces for a configuration; equal ones share them."""
+def make_segmenter(config: ConfigDict, mesh: Mesh, transform: Transform | None = None) -> Segmenter:
+    """Returns the compiled pieces for a configuration; equal ones share them.
+
+    Args:
+        config: with the sections of `SECTIONS`.
+        mesh: of the devices to train on.
+        transform: of the batch in each step; batches then have "implant", the rows it may change.
+            Only the same one shares what is compiled.
+    """
     values = section(config)
     values.pop("seed")
-    return _make_segmenter(json.dumps(values), mesh)
+    return _make_segmenter(json.dumps(values), mesh, transform)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
+def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None) -> Segmenter:
     config = ConfigDict(json.loads(text))
     training = config.training
     network = checkpoints.build_model(config, deep_supervision=training.deep_supervision)
@@ -115,11 +146,13 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
         }
         return jax.device_put(state, parallel.state_shardings(mesh, state))
 
-    def step(state: dict[str, Any], batch: dict[str, Array]):
+    def step(state: dict[str, Any], batch: dict[str, Array], weights: Any = ()):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-        image, label = augmentation.augment(
-            key, batch["image"], batch["label"], transforms, mirrored, patch
-        )
+        image, label = batch["image"], batch["label"]
+        if transform is not None:
+            here = jax.random.fold_in(key, _TRANSFORM)
+            image, label = transform.apply(weights, here, image, label, batch["implant"])
+        image, label = augmentation.augment(key, image, label, transforms, mirrored, patch)
         label = label.astype(jnp.int32)
 
         def loss_of(values):
@@ -160,14 +193,22 @@ def _make_segmenter(text: str, mesh: Mesh) -> Segmenter:
         }
 
     shardings = parallel.state_shardings(mesh, abstract())
-    jitted = jax.jit(
+    batch = dict.fromkeys(("image", "label"), parallel.batch_sharding(mesh))
+    whole = parallel.replicated(mesh)
+    compiled = functools.partial(
+        jax.jit,
         step,
         donate_argnums=0,
-        in_shardings=(shardings, parallel.batch_sharding(mesh)),
-        out_shardings=(shardings, parallel.replicated(mesh)),
+        out_shardings=(shardings, whole),
         compiler_options=convolution.compiler_options(),
     )
-    return Segmenter(init, jitted, apply)
+    if transform is None:
+        return Segmenter(init, compiled(in_shardings=(shardings, batch)), apply)
+    batch["implant"] = parallel.sample_sharding(mesh)
+    with_weights = compiled(in_shardings=(shardings, batch, whole))
+    return Segmenter(
+        init, lambda state, batch: with_weights(state, batch, transform.weights), apply
+    )
 
 
 def train_segmenter(
@@ -178,6 +219,8 @@ def train_segmenter(
     *,
     clock: Clock,
     progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None,
+    transform: Transform | None = None,
+    hosts: Collection[str] = (),
 ) -> jax.tree_util.Partial:
     """Trains a network on the given scans, or goes on where that was stopped.
 
@@ -189,6 +232,8 @@ def train_segmenter(
         mesh: of the devices to train on.
         clock: gets the phases "load" and "train".
         progress: called with each row of the training curve.
+        transform: changes crops of `hosts` on the device, see `make_segmenter`.
+        hosts: cases whose crops it may change.
 
     Returns:
         apply(x [b, x, y, z, 1]) -> logits, as `checkpoints.load_model` gives it.
@@ -201,7 +246,7 @@ def train_segmenter(
         )
     if jax.process_index() == 0:
         write_json_atomic(folder / "config.json", section(config))
-    segmenter = make_segmenter(config, mesh)
+    segmenter = make_segmenter(config, mesh, transform)
     state = segmenter.init(config.seed)
     if training.get("start_from") and not checkpoints.has_any(folder):
         start = finetuning.starting_parameters(training.start_from, config, state["parameters"])
@@ -223,6 +268,7 @@ def train_segmenter(
             threads=training.loader_threads,
             final_patch_size=tuple(training.patch_size),
             tumor_share=training.tumor_share,
+            hosts=None if transform is None else hosts,
         )
 
     state = loop.train(
