@@ -3,8 +3,9 @@
     python -m tumorjax.main --config=configs/autoencoder.py --workdir=runs/autoencoder
     python -m tumorjax.main --config=configs/autoencoder.py --config.data.store=STORE
 
-Variants: virtual (default: the built-in cohort's pool of patients, minutes on 2 cores). Labels, where
-there are any, only say where crops lie (training.centered). WORKDIR has the network, quality.json
+Variants: virtual (default: the built-in cohort's pool of patients, minutes on 2 cores), paper
+(DiffTumor's VQ-GAN and its training, for a GPU, on scans of one's own). Labels, where there are
+any, only say where crops lie (training.centered). WORKDIR has the network, quality.json
 (PSNR, SSIM and error in HU by tissue on held-out patients) and trained_on.json (who was seen).
 """
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from data_prep import virtual_abdomen
 
-VARIANTS = ("virtual",)
+VARIANTS = ("virtual", "paper")
 
 
 def get_config(variant: str = "virtual") -> ConfigDict:
@@ -59,14 +60,35 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.training.steps = 4000
     config.training.centered = 0.5  # share of crops on an organ or tumour; 0: labels are not used
     config.training.tumor_share = 0.5  # of those, on a tumour where there is one
-    config.training.gradient = 0.5  # weight of the error of slopes, beside the absolute error's 1
-    config.training.kl = 1e-4  # weight of the divergence from the unit Gaussian, nats a latent
-    config.training.optimizer = "adamw"
+    config.training.reconstruction = 1.0  # weight of the absolute error
+    config.training.gradient = 0.5  # weight of the error of slopes: sharper edges and textures
+    config.training.kl = 1e-4  # of kind "kl": weight of the divergence from the unit Gaussian
+    config.training.codes = 16384  # of kind "vq", and the three below
+    config.training.codebook_decay = 0.99
+    config.training.least_use = 1.0  # codes that fewer latents a batch are near to start anew
+    config.training.commitment = 0.25
+    # Folder of a cell or a segmentation job whose network's features are compared; empty: none.
+    config.training.perceptual = ""
+    config.training.perceptual_weight = 4.0
+    config.training.adversarial_from = 0  # step from which discriminators train; 0: none
+    config.training.adversarial_slices = 1.0
+    config.training.adversarial_crops = 1.0
+    config.training.feature_matching = 4.0
+    config.training.optimizer = "adamw"  # or "adam", "sgd"
     config.training.learning_rate = 2e-3
     config.training.weight_decay = 0.0
     config.training.clip = 1.0
-    config.training.schedule = "warmup_cosine"
+    config.training.momentum = 0.9  # of sgd
+    config.training.betas = (0.5, 0.9)  # of adam
+    config.training.schedule = "warmup_cosine"  # or "drops", "poly"
     config.training.warmup = 0.05
+    config.training.epoch_steps = 250  # of "poly"
+    config.training.power = 0.9
+    config.training.drops = (
+        40000,
+        50000,
+        60000,
+    )  # of "drops": steps at which the rate falls to 0.1
     config.training.save_every = 500
     config.training.log_every = 50
     config.training.loader_threads = 1
@@ -76,4 +98,31 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     config.mesh = ConfigDict({"cell": 1, "data": -1, "fsdp": 1, "space": 1})
     config.processes = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
+
+    if variant == "paper":
+        _paper(config)
     return config
+
+
+def _paper(config: ConfigDict) -> None:
+    """DiffTumor's stage 1: a VQ-GAN of crops of 96^3 at 1 mm, 80,000 steps on 9,262 scans of CT."""
+    config.workers = 8
+    config.data.source = "nnunet"  # a folder of scans: set data.root
+    config.preparation.spacing = (1.0, 1.0, 1.0)  # mm
+    config.preparation.order = 3
+
+    config.model.preset = "difftumor"
+
+    config.training.patch_size = (96, 96, 96)
+    config.training.batch_size = 2
+    config.training.steps = 80_000
+    config.training.centered = 0.0  # crops anywhere
+    config.training.reconstruction = 4.0
+    config.training.gradient = 0.0
+    config.training.adversarial_from = 10_000
+    config.training.optimizer = "adam"
+    config.training.learning_rate = 3e-4
+    config.training.schedule = "drops"
+    config.training.save_every = 1000
+    config.training.log_every = 100
+    config.training.loader_threads = 8

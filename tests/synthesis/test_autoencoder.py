@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tumorjax.errors import UserError
-from tumorjax.synthesis import autoencoder
+from tumorjax.synthesis import autoencoder, even_convolution
 
 _DIMENSIONS = ("NXYZC", "XYZIO", "NXYZC")
 
@@ -17,7 +17,7 @@ def test_halving_and_its_gradients_are_those_of_a_strided_convolution(rng):
     weights = rng.standard_normal((2, 4, 3, 5, 5), np.float32)
 
     def ours(x, kernel):
-        return autoencoder.halving_convolution(autoencoder._pad(x, "zeros"), kernel)
+        return even_convolution.halving(even_convolution.pad(x, "zeros"), kernel)
 
     def reference(x, kernel):
         return jax.lax.conv_general_dilated(
@@ -33,7 +33,7 @@ def test_doubling_and_its_gradients_are_those_of_a_transposed_convolution(rng):
     weights = rng.standard_normal((2, 8, 6, 10, 5), np.float32)
 
     def ours(x, kernel):
-        return autoencoder.doubling_convolution(autoencoder._pad(x, "zeros"), kernel)
+        return even_convolution.doubling(even_convolution.pad(x, "zeros"), kernel)
 
     def reference(x, kernel):
         return jax.lax.conv_general_dilated(
@@ -51,7 +51,10 @@ def test_doubling_and_its_gradients_are_those_of_a_transposed_convolution(rng):
 def _compare(ours, reference, x, kernel, weights):
     def both(function):
         value = function(x, kernel)
-        loss = lambda x, kernel: (function(x, kernel) * weights).sum()
+
+        def loss(x, kernel):
+            return (function(x, kernel) * weights).sum()
+
         return value, *jax.grad(loss, (0, 1))(x, kernel)
 
     for a, b in zip(jax.jit(lambda: both(ours))(), jax.jit(lambda: both(reference))(), strict=True):

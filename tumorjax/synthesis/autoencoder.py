@@ -16,19 +16,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from tumorjax import models
 from tumorjax.errors import UserError
 from tumorjax.models import layers
 from tumorjax.models.layers import he_normal
+from tumorjax.settings import plain
+from tumorjax.synthesis import even_convolution
+from tumorjax.training import checkpoints
 
 FACTOR = 4
 KINDS = ("kl", "vq")
 NORMS = ("voxel", "group")
 PADDINGS = ("zeros", "replicate")
 
-# For crops of 32^3 on a CPU: no features at the image's own resolution, where a voxel of them costs
-# eight times as much, and in the decoder none of 3^3 at the latents', which would add to the margin.
+# For crops of 32^3 on a CPU: no features at the image's own resolution, where there are eight times
+# as many voxels, and in the decoder no 3^3 convolution at the latents', which adds to the margin.
 SMALL: dict[str, Any] = {
     "kind": "kl",
     "widths": (32, 64),
@@ -182,14 +186,38 @@ def create(*, seed: int = 0, **settings) -> Autoencoder:
     parameters = {f"encoder.{name}": value for name, value in of_encoder.items()}
     parameters |= {f"decoder.{name}": value for name, value in of_decoder.items()}
     return Autoencoder(
-        lambda given, x: encode(_part(given, "encoder."), x),
-        lambda given, z: decode(_part(given, "decoder."), z),
+        lambda given, x: encode(part(given, "encoder."), x),
+        lambda given, z: decode(part(given, "decoder."), z),
         parameters,
         values,
     )
 
 
-def _part(parameters: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+def settings_of(config: ConfigDict) -> Settings:
+    """Returns the settings of a job's configuration.
+
+    Args:
+        config: with the section model: what `check_settings` takes; dtype may be "auto".
+
+    Raises:
+        UserError: a setting is unknown or does not fit.
+    """
+    settings = plain(config.model)
+    settings["dtype"] = checkpoints.compute_dtype(settings.get("dtype") or "auto")
+    return check_settings(settings)
+
+
+def build(config: ConfigDict, seed: int = 0) -> Autoencoder:
+    """Returns the autoencoder of a job's configuration, with first weights from the seed.
+
+    Raises:
+        UserError: a setting is unknown or does not fit.
+    """
+    return create(seed=seed, **settings_of(config)._asdict())
+
+
+def part(parameters: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """Returns the parameters whose names begin with the prefix, under what follows it."""
     return {
         name.removeprefix(prefix): value
         for name, value in parameters.items()
@@ -242,7 +270,7 @@ class Encoder(nnx.Module):
         self.head = layers.Conv(widths[-1], outputs, 1, dtype=kwargs["dtype"], rngs=rngs)
 
     def __call__(self, x: Float[Array, "b x y z 1"]) -> Float[Array, "b x2 y2 z2 c"]:
-        x = self.stem(fold(x) if self.folded else x)
+        x = self.stem(even_convolution.fold(x) if self.folded else x)
         for level in self.levels:
             x = level(x)
         return self.head(jax.nn.silu(self.norm(x))).astype(jnp.float32)
@@ -277,7 +305,7 @@ class Decoder(nnx.Module):
         for level in self.levels:
             x = level(x)
         x = self.head(x).astype(jnp.float32)
-        return unfold(x) if self.folded else x
+        return even_convolution.unfold(x) if self.folded else x
 
 
 class ResidualBlock(nnx.Module):
@@ -333,7 +361,7 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x y z d"]:
         if self.padding == "zeros":
             return self.conv(x)
-        return self.conv(_pad(x, self.padding))[:, 1:-1, 1:-1, 1:-1]
+        return self.conv(even_convolution.pad(x, self.padding))[:, 1:-1, 1:-1, 1:-1]
 
 
 class Halving(nnx.Module):
@@ -354,8 +382,8 @@ class Halving(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 d"]:
-        padded = _pad(x.astype(self.dtype), self.padding)
-        y = halving_convolution(padded, self.kernel[...].astype(self.dtype))
+        padded = even_convolution.pad(x.astype(self.dtype), self.padding)
+        y = even_convolution.halving(padded, self.kernel[...].astype(self.dtype))
         return y + self.bias[...].astype(self.dtype)
 
 
@@ -386,83 +414,6 @@ class Doubling(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b x2 y2 z2 d"]:
-        padded = _pad(x.astype(self.dtype), self.padding)
-        y = doubling_convolution(padded, self.kernel[...].astype(self.dtype))
+        padded = even_convolution.pad(x.astype(self.dtype), self.padding)
+        y = even_convolution.doubling(padded, self.kernel[...].astype(self.dtype))
         return y + self.bias[...].astype(self.dtype)
-
-
-def halving_convolution(
-    padded: Float[Array, "b x+2 y+2 z+2 c"], kernel: Float[Array, "4 4 4 c d"]
-) -> Float[Array, "b x/2 y/2 z/2 d"]:
-    """Convolves with stride 2, without a strided convolution, whose gradient is slow on CPUs.
-
-    Voxels are gathered in blocks of 2^3; of those it is a 2^3 convolution with stride 1.
-
-    Args:
-        padded: the input with its border of one voxel; even sizes.
-        kernel: the weights.
-    """
-    c, d = kernel.shape[-2:]
-    taps = kernel.reshape(2, 2, 2, 2, 2, 2, c, d).transpose(0, 2, 4, 1, 3, 5, 6, 7)
-    return _neighbours(fold(padded), taps.reshape(2, 2, 2, 8 * c, d))
-
-
-def doubling_convolution(
-    padded: Float[Array, "b x+2 y+2 z+2 c"], kernel: Float[Array, "4 4 4 c d"]
-) -> Float[Array, "b 2*x 2*y 2*z d"]:
-    """Convolves transposed with stride 2, without an input-dilated convolution.
-
-    Two outputs lie between the centres of two neighbouring inputs and see both: of a 2^3
-    convolution with 8 d channels each output voxel is one.
-
-    Args:
-        padded: the input with its border of one voxel.
-        kernel: the weights.
-    """
-    c, d = kernel.shape[-2:]
-    # Of inputs p - 1 and p, the outputs 2p - 1 and 2p take the kernel's elements (2, 0) and (3, 1).
-    taps = kernel.reshape(2, 2, 2, 2, 2, 2, c, d)[::-1, :, ::-1, :, ::-1]
-    taps = taps.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 2, 2, c, 8 * d)
-    return unfold(_neighbours(padded, taps))[:, 1:-1, 1:-1, 1:-1]
-
-
-def fold(x: Float[Array, "b x y z c"]) -> Float[Array, "b x/2 y/2 z/2 8*c"]:
-    """Gathers the voxels of each block of 2^3 in the channels of one."""
-    b, *shape, c = x.shape
-    nx, ny, nz = (size // 2 for size in shape)
-    blocks = x.reshape(b, nx, 2, ny, 2, nz, 2, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return blocks.reshape(b, nx, ny, nz, 8 * c)
-
-
-def unfold(x: Float[Array, "b x y z 8*c"]) -> Float[Array, "b 2*x 2*y 2*z c"]:
-    """Undoes `fold`."""
-    b, nx, ny, nz, c = x.shape
-    blocks = x.reshape(b, nx, ny, nz, 2, 2, 2, c // 8).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return blocks.reshape(b, 2 * nx, 2 * ny, 2 * nz, c // 8)
-
-
-def _neighbours(
-    x: Float[Array, "b x y z c"], kernel: Float[Array, "2 2 2 c d"]
-) -> Float[Array, "b x-1 y-1 z-1 d"]:
-    """A 2^3 convolution without padding."""
-    if jax.default_backend() != "cpu":
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1, 1), "VALID", dimension_numbers=("NXYZC", "XYZIO", "NXYZC")
-        )
-    # On CPU a 2D convolution over (y, z), as models/convolution.py does it.
-    taps = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=-1)
-    b, nx, ny, nz, c = taps.shape
-    planar = jnp.moveaxis(kernel, 0, 2).reshape(2, 2, c, kernel.shape[-1])
-    y = jax.lax.conv_general_dilated(
-        taps.reshape(b * nx, ny, nz, c),
-        planar,
-        (1, 1),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return y.reshape(b, nx, ny - 1, nz - 1, -1)
-
-
-def _pad(x: Float[Array, "b x y z c"], padding: str) -> Float[Array, "b x+2 y+2 z+2 c"]:
-    mode = "constant" if padding == "zeros" else "edge"
-    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)), mode=mode)

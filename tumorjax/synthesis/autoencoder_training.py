@@ -1,18 +1,16 @@
 """The job "autoencoder": trains stage 1 of the synthesizer on unlabelled scans."""
 
-import functools
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -22,14 +20,15 @@ from tumorjax.clock import Clock
 from tumorjax.data import crops
 from tumorjax.errors import UserError
 from tumorjax.files import write_csv_atomic, write_json_atomic
+from tumorjax.locks import locked
 from tumorjax.models import convolution
-from tumorjax.settings import plain
-from tumorjax.synthesis import autoencoder, leakage, reconstruction
-from tumorjax.synthesis.autoencoder import Autoencoder
-from tumorjax.training import checkpoints, loop, schedules
+from tumorjax.synthesis import leakage, reconstruction, reconstruction_figure
+from tumorjax.synthesis.autoencoder import build
+from tumorjax.synthesis.autoencoder_step import check_training, make_trainer, section
+from tumorjax.synthesis.trained_autoencoder import decode_latents, encode_latents, latent_scale
+from tumorjax.training import checkpoints, loop
 from tumorjax.volumes import Store
 
-SECTIONS = ("seed", "preparation", "model", "training", "evaluation", "mesh")
 # Crops may be centred on what a study is about: organs that tumours grow in, and tumours.
 _HOSTS = tuple(
     label for organ in dict.fromkeys(anatomy.HOST.values()) for label in anatomy.organ_labels(organ)
@@ -44,182 +43,60 @@ _HELD_OUT, _EVALUATION = 11, 12
 Sources = Sequence[tuple[Store, str]]
 
 
-class Trainer(NamedTuple):
-    """What a training needs, made once for all of one configuration.
+def run(config: ConfigDict, workdir: Path) -> int:
+    """Trains an autoencoder, see configs/autoencoder.py.
 
-    Attributes:
-        init: seed -> initial state on the mesh.
-        step: (state, batch) -> (state, scalars); jitted, takes the state over.
-        model: the autoencoder's functions.
-    """
-
-    init: Any
-    step: loop.Step
-    model: Autoencoder
-
-
-def section(config: ConfigDict) -> dict[str, Any]:
-    """Returns the part of the job's configuration that the result depends on, as plain JSON."""
-    values = plain(config)
-    return {name: values[name] for name in SECTIONS}
-
-
-def build(config: ConfigDict, seed: int = 0) -> Autoencoder:
-    """Builds the autoencoder of a configuration."""
-    settings = plain(config.model)
-    settings["dtype"] = checkpoints.compute_dtype(settings.get("dtype") or "auto")
-    return autoencoder.create(seed=seed, **settings)
-
-
-def reconstruction_loss(
-    truth: Float[Array, "b x y z 1"], other: Float[Array, "b x y z 1"], gradient: float
-) -> tuple[Array, Array]:
-    """Returns the mean absolute error, and that error with `gradient` times its slopes' added.
-
-    The slopes are differences of neighbours along each axis: their error is what blurred edges and
-    textures have, and the absolute error hardly sees.
-    """
-    difference = other - truth
-    error = jnp.abs(difference).mean()
-    if not gradient:
-        return error, error
-    slopes = sum(jnp.abs(jnp.diff(difference, axis=axis)).mean() for axis in (1, 2, 3)) / 3
-    return error, error + gradient * slopes
-
-
-def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
-    """Returns the compiled pieces for a configuration; equal ones share them."""
-    values = section(config)
-    values.pop("seed")
-    return _make_trainer(json.dumps(values), mesh)
-
-
-@functools.lru_cache(maxsize=4)
-def _make_trainer(text: str, mesh: Mesh) -> Trainer:
-    config = ConfigDict(json.loads(text))
-    training = config.training
-    model = build(config)
-    update = schedules.optimizer(training, training.steps)
-    rate = schedules.learning_rate(training, training.steps)
-
-    def init(seed: int) -> dict[str, Any]:
-        parameters = build(config, seed).parameters
-        state = {
-            "parameters": parameters,
-            "optimizer": update.init(parameters),
-            "step": jnp.zeros((), jnp.int32),
-            "key": jax.random.key_data(jax.random.key(seed)),
-        }
-        return jax.device_put(state, parallel.state_shardings(mesh, state))
-
-    def step(state: dict[str, Any], batch: dict[str, Array]):
-        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-        image = batch["image"] * 2 - 1
-
-        def loss_of(parameters):
-            mean, log_variance = autoencoder.split_latent(model.encode(parameters, image))
-            noise = jax.random.normal(key, mean.shape)
-            decoded = model.decode(parameters, mean + jnp.exp(log_variance / 2) * noise)
-            error, loss = reconstruction_loss(image, decoded, training.gradient)
-            # Kullback-Leibler divergence from the unit Gaussian, mean over latents, in nats.
-            divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
-            scalars = {"l1": error, "kl": divergence}
-            return loss + training.kl * divergence, scalars
-
-        (loss, scalars), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["parameters"])
-        changes, optimizer = update.update(gradient, state["optimizer"], state["parameters"])
-        scalars = {"loss": loss, "learning_rate": jnp.asarray(rate(state["step"])), **scalars}
-        parameters = jax.tree.map(jnp.add, state["parameters"], changes)
-        new = {"parameters": parameters, "optimizer": optimizer, "step": state["step"] + 1}
-        return new | {"key": state["key"]}, scalars
-
-    state = jax.eval_shape(
-        lambda: {
-            "parameters": model.parameters,
-            "optimizer": update.init(model.parameters),
-            "step": jnp.zeros((), jnp.int32),
-            "key": jax.random.key_data(jax.random.key(0)),
-        }
-    )
-    shardings = parallel.state_shardings(mesh, state)
-    jitted = jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(shardings, parallel.batch_sharding(mesh)),
-        out_shardings=(shardings, parallel.replicated(mesh)),
-        compiler_options=convolution.compiler_options(),
-    )
-    return Trainer(init, jitted, model)
-
-
-def split_patients(sources: Sources, share: float, seed: int) -> tuple[list, list]:
-    """Divides scans into those to train on and those held out, by patient.
-
-    Args:
-        sources: (store, case) pairs.
-        share: of the patients to hold out, 0 to below 1; at least one unless it is 0.
-        seed: decides which.
-
-    Raises:
-        UserError: there is no scan, or none is left to train on.
-    """
-    if not 0 <= share < 1:
-        raise UserError(f"data.held_out is {share}. Expected a share from 0 to below 1")
-    patients = sorted({str(store.record(case)["patient"]) for store, case in sources})
-    count = max(1, round(share * len(patients))) if share else 0
-    if len(patients) <= count:
-        raise UserError(
-            f"the store has scans of {len(patients)} patients, and {count} are to be held out."
-            " Prepare more, or lower data.held_out"
-        )
-    order = np.random.default_rng([seed, _HELD_OUT]).permutation(len(patients))
-    held_out = {patients[index] for index in order[:count]}
-    parts: tuple[list, list] = ([], [])
-    for store, case in sources:
-        parts[str(store.record(case)["patient"]) in held_out].append((store, case))
-    return parts
-
-
-def _loader(sources: Sources, training: ConfigDict, seed: int, batch_size: int, start: int = 0):
-    """Returns batches of crops: one share anywhere, the other on an organ or a tumour."""
-    return crops.loader(
-        sources,
-        _CLASSES,
-        tuple(training.patch_size),
-        batch_size,
-        training.centered,
-        seed,
-        start=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=training.loader_threads,
-        foreground_classes=CENTERS,
-        tumor_share=training.tumor_share,
-    )
-
-
-def latent_scale(
-    model: Autoencoder, parameters: dict[str, Array], batches: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, list[float]]:
-    """Returns what latents are shifted and divided by to have mean 0 and variance 1.
-
-    Args:
-        model: of kind "kl".
-        parameters: trained ones.
-        batches: with image [b, x, y, z, 1] in [0, 1].
+    Writes into workdir config.json, checkpoints/, metrics.csv, trained_on.json, latent.json,
+    quality.json, quality.png and, last, done.json.
 
     Returns:
-        shift and scale, a number for each channel.
+        0, or 1 where scans were set aside (workdir/rejected.csv).
+
+    Raises:
+        UserError: the config is wrong, there is nothing to train on, or the loss is no longer a
+            number.
     """
-    encode = jax.jit(
-        lambda parameters, x: autoencoder.split_latent(model.encode(parameters, x * 2 - 1))[0],
-        compiler_options=convolution.compiler_options(),
-    )
-    latents = [np.asarray(encode(parameters, batch["image"])) for batch in batches]
-    channels = latents[0].shape[-1]
-    values = np.concatenate([z.reshape(-1, channels) for z in latents]).astype(np.float64)
-    scale = np.maximum(values.std(axis=0), 1e-6)
-    return {"shift": values.mean(axis=0).tolist(), "scale": scale.tolist()}
+    workdir = Path(workdir)
+    parallel.start_processes(config.processes)
+    # Refused before scans are prepared.
+    build(config)
+    check_training(config)
+    clock = Clock()
+    with clock("prepare"), locked(workdir / ".prepare.lock"):
+        store, rejected = prepared_store(config, workdir)
+    if not store.cases:
+        raise UserError(f"{store.url}: no scans to train on. Prepare some")
+    sources = [(store, case) for case in store.cases]
+    training_sources, held_out = split_patients(sources, config.data.held_out, config.seed)
+    trained_on = _trained_on(config, training_sources)
+    wanted = section(config) | {"images": trained_on["images"]}
+    done = workdir / "done.json"
+    if done.is_file() and json.loads(done.read_text()) == wanted:
+        print(f"{workdir}: already finished")
+        return 1 if rejected else 0
+    mesh = parallel.make_mesh(config.mesh)
+    if jax.process_index() == 0:
+        done.unlink(missing_ok=True)
+        write_json_atomic(workdir / "trained_on.json", trained_on)
+    with tqdm(total=config.training.steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(step: int, row: Mapping[str, float]) -> None:
+            bar.update(step - bar.n)
+            bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
+
+        state = train(config, training_sources, workdir, mesh, clock=clock, progress=progress)
+    state = _on_host({name: state[name] for name in ("parameters", "codebook") if name in state})
+    if jax.process_index() == 0:
+        with clock("evaluate"):
+            quality = _evaluate(config, state, training_sources, held_out, workdir)
+        if rejected:
+            write_csv_atomic(workdir / "rejected.csv", rejected, ("case", "stage", "reason"))
+        write_json_atomic(done, wanted)
+        if held_out:
+            print(f"held-out scans: PSNR {quality['psnr']} dB, SSIM {quality['ssim']}")
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
+    print(f"{workdir}: trained {config.training.steps} steps ({seconds})")
+    return 1 if rejected else 0
 
 
 def train(
@@ -229,12 +106,12 @@ def train(
     mesh: Mesh,
     *,
     clock: Clock,
-    progress: Any = lambda step, row: None,
-) -> tuple[Autoencoder, dict[str, Array]]:
+    progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None,
+) -> dict[str, Any]:
     """Trains an autoencoder on the given scans, or goes on where that was stopped.
 
     Args:
-        config: with the sections of `SECTIONS`.
+        config: with the sections seed, preparation, model, training, evaluation and mesh.
         sources: (store, case) of each scan.
         folder: gets config.json, checkpoints/ and metrics.csv.
         mesh: of the devices to train on.
@@ -242,29 +119,36 @@ def train(
         progress: called with each row of the training curve.
 
     Returns:
-        the autoencoder's functions and its trained parameters.
+        the trained state: parameters, and for kind "vq" codebook.
 
     Raises:
         UserError: a setting does not fit, or the loss is no longer a number.
     """
     training = config.training
-    patch = tuple(training.patch_size)
-    if len(patch) != 3 or any(size % autoencoder.FACTOR or size < 12 for size in patch):
-        raise UserError(
-            f"training.patch_size is {patch}. Expected three multiples of {autoencoder.FACTOR}"
-            " from 12"
-        )
     trainer = make_trainer(config, mesh)
     if jax.process_index() == 0:
         write_json_atomic(folder / "config.json", section(config))
+
+    def batches_from(position: int) -> Iterator[Mapping[str, np.ndarray]]:
+        batches = _loader(
+            sources,
+            training,
+            config.seed,
+            start=position,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with batches:
+            for batch in batches:
+                # Labels only say where crops lie.
+                yield {"image": batch["image"]}
+
     try:
-        state = loop.train(
+        return loop.train(
             folder,
             trainer.init(config.seed),
             trainer.step,
-            lambda position: _images(
-                _loader(sources, training, config.seed, training.batch_size, position)
-            ),
+            batches_from,
             mesh=mesh,
             steps=training.steps,
             save_every=training.save_every,
@@ -274,13 +158,108 @@ def train(
         )
     except loop.Diverged as error:
         raise UserError(f"{error}. {last_checkpoint(folder)}") from error
-    return trainer.model, state["parameters"]
 
 
-def _images(batches: crops.CropLoader):
-    """Leaves the labels out: they only say where crops lie."""
-    for batch in batches:
-        yield {"image": batch["image"]}
+def split_patients(
+    sources: Sources, share: float, seed: int
+) -> tuple[list[tuple[Store, str]], list[tuple[Store, str]]]:
+    """Divides scans into those to train on and those held out, by patient.
+
+    Args:
+        sources: (store, case) pairs.
+        share: of the patients to hold out, 0 to below 1; at least one unless it is 0.
+        seed: decides which.
+
+    Raises:
+        UserError: none is left to train on, or the share is none.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"data.held_out is {share}. Expected a share from 0 to below 1")
+    patients = sorted({str(store.record(case)["patient"]) for store, case in sources})
+    count = max(1, round(share * len(patients))) if share else 0
+    if len(patients) <= count:
+        raise UserError(
+            f"there are scans of {len(patients)} patients, and {count} are to be held out."
+            " Prepare more, or lower data.held_out"
+        )
+    order = np.random.default_rng([seed, _HELD_OUT]).permutation(len(patients))
+    chosen = {patients[index] for index in order[:count]}
+    training: list[tuple[Store, str]] = []
+    held_out: list[tuple[Store, str]] = []
+    for store, case in sources:
+        part = held_out if str(store.record(case)["patient"]) in chosen else training
+        part.append((store, case))
+    return training, held_out
+
+
+def _loader(sources: Sources, training: ConfigDict, seed: int, **options: Any) -> crops.CropLoader:
+    """Returns batches of crops: one share anywhere, the other on an organ or a tumour."""
+    return crops.loader(
+        sources,
+        _CLASSES,
+        tuple(training.patch_size),
+        training.batch_size,
+        training.centered,
+        seed,
+        threads=training.loader_threads,
+        foreground_classes=CENTERS,
+        tumor_share=training.tumor_share,
+        **options,
+    )
+
+
+def _evaluate(
+    config: ConfigDict, state: dict[str, Any], training: Sources, held_out: Sources, workdir: Path
+) -> dict[str, Any]:
+    """Measures the latents' scale and the reconstructions' quality, and writes what it found."""
+    seed = int(np.random.SeedSequence([config.seed, _EVALUATION]).generate_state(1)[0])
+
+    def sample(sources: Sources) -> list[Mapping[str, np.ndarray]]:
+        with _loader(sources, config.training, seed) as batches:
+            return list(itertools.islice(batches, config.evaluation.batches))
+
+    model = build(config)
+    encoded = (batch["image"] * 2 - 1 for batch in sample(training))
+    latent = latent_scale(model, state, encoded)
+    write_json_atomic(workdir / "latent.json", latent)
+    quality: dict[str, Any] = {"held_out_scans": len(held_out)}
+    if held_out:
+        given = state | {"latent": {name: np.asarray(v, np.float32) for name, v in latent.items()}}
+        reconstruct = jax.jit(
+            lambda given, x: decode_latents(model, given, encode_latents(model, given, x)),
+            compiler_options=convolution.compiler_options(),
+        )
+        low, high = config.preparation.window
+        batches = sample(held_out)
+        quality |= reconstruction.measure(
+            lambda x: np.asarray(reconstruct(given, x)), batches, (low, high)
+        )
+        shown = np.concatenate([batch["image"] for batch in batches[:2]])[-4:] * 2 - 1
+        reconstruction_figure.write(
+            workdir / "quality.png", shown, np.asarray(reconstruct(given, shown)), (low, high)
+        )
+    write_json_atomic(workdir / "quality.json", quality)
+    return quality
+
+
+def _trained_on(config: ConfigDict, sources: Sources) -> dict[str, Any]:
+    """Returns which scans the weights come from, those of the perceptual network among them."""
+    record = leakage.record_of(sources)
+    folder = config.training.perceptual
+    if not folder:
+        return record
+    try:
+        other = json.loads((Path(folder) / "trained_on.json").read_text())
+    except FileNotFoundError:
+        return record | {"unrecorded": ["perceptual"]}
+    return leakage.union([record, other])
+
+
+def _on_host(tree: Any) -> Any:
+    """Returns arrays that are spread over devices, and perhaps processes, as numpy's."""
+    if jax.process_count() > 1:
+        tree = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+    return jax.tree.map(np.asarray, tree)
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -289,79 +268,3 @@ def last_checkpoint(folder: Path) -> str:
     if step is None:
         return "There is no checkpoint from before"
     return f"The last good checkpoint is {folder / 'checkpoints' / str(step)}"
-
-
-def run(config: ConfigDict, workdir: Path) -> int:
-    """Trains an autoencoder, see configs/autoencoder.py.
-
-    Writes into workdir config.json, checkpoints/, metrics.csv, trained_on.json, latent.json,
-    quality.json and, last, done.json.
-
-    Returns:
-        0, or 1 where scans were set aside (workdir/rejected.csv).
-
-    Raises:
-        UserError: the config is wrong, or there is nothing to train on.
-    """
-    workdir = Path(workdir)
-    parallel.start_processes(config.processes)
-    build(config)  # Refuses wrong settings before scans are prepared.
-    clock = Clock()
-    with clock("prepare"):
-        store, rejected = prepared_store(config, workdir)
-    if not store.cases:
-        raise UserError(f"{store.url}: no scans to train on. Prepare some, see rejected.csv")
-    sources = [(store, case) for case in store.cases]
-    training_sources, held_out = split_patients(sources, config.data.held_out, config.seed)
-    trained_on = leakage.record_of(training_sources)
-    wanted = section(config) | {"images": trained_on["images"]}
-    done = workdir / "done.json"
-    if done.is_file() and json.loads(done.read_text()) == wanted:
-        print(f"{workdir}: already finished")
-        return 1 if rejected else 0
-    done.unlink(missing_ok=True)
-    mesh = parallel.make_mesh(config.mesh)
-    write_json_atomic(workdir / "trained_on.json", trained_on)
-    with tqdm(total=config.training.steps, unit="step", disable=not sys.stderr.isatty()) as bar:
-
-        def progress(step: int, row: Mapping[str, float]) -> None:
-            bar.update(step - bar.n)
-            bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
-
-        model, parameters = train(
-            config, training_sources, workdir, mesh, clock=clock, progress=progress
-        )
-    with clock("evaluate"):
-        batch_size, count = config.training.batch_size, config.evaluation.batches
-
-        def sample(of: Sources) -> list[Mapping[str, np.ndarray]]:
-            seed = int(np.random.SeedSequence([config.seed, _EVALUATION]).generate_state(1)[0])
-            with _loader(of, config.training, seed, batch_size) as batches:
-                return list(itertools.islice(batches, count))
-
-        latent = latent_scale(model, parameters, sample(training_sources))
-        quality: dict[str, Any] = {"held_out_scans": len(held_out)}
-        if held_out:
-            reconstruct = jax.jit(
-                functools.partial(_reconstruct, model),
-                compiler_options=convolution.compiler_options(),
-            )
-            window = (float(store.settings["window"][0]), float(store.settings["window"][1]))
-            quality |= reconstruction.measure(
-                lambda x: np.asarray(reconstruct(parameters, x)), sample(held_out), window
-            )
-    if jax.process_index() == 0:
-        write_json_atomic(workdir / "latent.json", latent)
-        write_json_atomic(workdir / "quality.json", quality)
-        if rejected:
-            write_csv_atomic(workdir / "rejected.csv", rejected, ("case", "stage", "reason"))
-        write_json_atomic(done, wanted)
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
-    print(f"{workdir}: trained {config.training.steps} steps ({seconds})")
-    if held_out:
-        print(f"held-out scans: PSNR {quality['psnr']} dB, SSIM {quality['ssim']}")
-    return 1 if rejected else 0
-
-
-def _reconstruct(model: Autoencoder, parameters: dict[str, Array], x: Array) -> Array:
-    return model.decode(parameters, autoencoder.split_latent(model.encode(parameters, x))[0])

@@ -77,16 +77,18 @@ def train(
                 # One step in flight at a time: on CPU, dispatch would otherwise run far ahead
                 # and hold the batches of many steps.
                 jax.block_until_ready(scalars)
-            if number % log_every == 0 or number == steps:
+            log, keep = (number % n == 0 or number == steps for n in (log_every, save_every))
+            # Also before a save, so that no bad checkpoint takes the place of a good one.
+            if (log or keep) and not math.isfinite(loss := float(scalars["loss"])):
+                raise Diverged(
+                    f"{folder.name}: the loss is {loss} at step {number}. Lower"
+                    " training.learning_rate or training.clip"
+                )
+            if log:
                 row = {name: float(value) for name, value in scalars.items()}
-                if not math.isfinite(row["loss"]):
-                    raise Diverged(
-                        f"{folder.name}: the loss is {row['loss']} at step {number}. Lower"
-                        " training.learning_rate or training.clip"
-                    )
                 rows.append({"step": number, "seconds": round(clock.total(), 1), **row})
                 progress(number, row)
-            if number % save_every == 0 or number == steps:
+            if keep:
                 with clock("train"):
                     if jax.process_index() == 0 and rows:
                         write_csv_atomic(curve, rows, list(rows[-1]))

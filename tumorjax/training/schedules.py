@@ -14,7 +14,8 @@ def learning_rate(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
 
     Args:
         settings: schedule "poly" (nnU-Net's: (1 - progress)^power, constant within an epoch of
-            `epoch_steps`) or "warmup_cosine" (`warmup` is a share of the steps), and learning_rate.
+            `epoch_steps`), "warmup_cosine" (`warmup` is a share of the steps) or "drops" (x0.1 at
+            each step of `drops`), and learning_rate.
         steps: length of the training.
     """
     peak, name = settings["learning_rate"], settings["schedule"]
@@ -25,7 +26,9 @@ def learning_rate(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
     if name == "warmup_cosine":
         warmup = max(1, round(steps * settings["warmup"]))
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
-    raise UserError(f"training.schedule is {name!r}. Expected poly or warmup_cosine")
+    if name == "drops":
+        return optax.piecewise_constant_schedule(peak, {int(at): 0.1 for at in settings["drops"]})
+    raise UserError(f"training.schedule is {name!r}. Expected poly, warmup_cosine or drops")
 
 
 def optimizer(
@@ -34,8 +37,9 @@ def optimizer(
     """Returns the optimizer; the gradient's norm is clipped first.
 
     Args:
-        settings: optimizer "sgd" (Nesterov momentum, as nnU-Net uses it) or "adamw", learning_rate,
-            schedule, momentum (of sgd), weight_decay and clip (global norm).
+        settings: optimizer "sgd" (Nesterov momentum, as nnU-Net uses it), "adamw" or "adam",
+            learning_rate, schedule, momentum (of sgd), weight_decay (not of adam), betas (of adam)
+            and clip (global norm).
         steps: length of the training.
         factors: of each parameter's learning rate, by name; those of factor 0 stay as they are and
             count for nothing in the gradient's norm. None for 1 everywhere.
@@ -52,7 +56,10 @@ def _optimizer(settings: Mapping[str, Any], steps: int) -> optax.GradientTransfo
         return optax.chain(clip, decay, optax.sgd(rate, settings["momentum"], nesterov=True))
     if name == "adamw":
         return optax.chain(clip, optax.adamw(rate, b2=0.99, weight_decay=settings["weight_decay"]))
-    raise UserError(f"training.optimizer is {name!r}. Expected sgd or adamw")
+    if name == "adam":
+        b1, b2 = settings["betas"]
+        return optax.chain(clip, optax.adam(rate, b1=b1, b2=b2))
+    raise UserError(f"training.optimizer is {name!r}. Expected sgd, adamw or adam")
 
 
 def _by_layer(

@@ -1,0 +1,303 @@
+"""One training step of the autoencoder: reconstruction, latents, discriminators."""
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from tumorjax import parallel
+from tumorjax.errors import UserError
+from tumorjax.models import convolution
+from tumorjax.settings import plain
+from tumorjax.synthesis import autoencoder, discriminators, perceptual, vector_quantization
+from tumorjax.synthesis.autoencoder import Autoencoder
+from tumorjax.training import loop, schedules
+
+SECTIONS = ("seed", "preparation", "model", "training", "evaluation", "mesh")
+
+# Of the discriminators' first weights, beside the autoencoder's seed.
+_SLICES, _CROPS = 1, 2
+_NO_SCORE = {"adversarial": 0.0, "matching": 0.0}
+
+
+class Trainer(NamedTuple):
+    """What a training needs, made once for all of one configuration.
+
+    Attributes:
+        init: seed -> initial state on the mesh.
+        step: (state, batch) -> (state, scalars); takes the state over.
+        model: the autoencoder's functions.
+    """
+
+    init: Callable[[int], dict[str, Any]]
+    step: loop.Step
+    model: Autoencoder
+
+
+def section(config: ConfigDict) -> dict[str, Any]:
+    """Returns the part of the job's configuration that the result depends on, as plain JSON."""
+    values = plain(config)
+    return {name: values[name] for name in SECTIONS}
+
+
+def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
+    """Returns the compiled pieces for a configuration; equal ones share them.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    values = section(config)
+    values.pop("seed")
+    return _make_trainer(json.dumps(values), mesh)
+
+
+@functools.lru_cache(maxsize=4)
+def _make_trainer(text: str, mesh: Mesh) -> Trainer:
+    config = ConfigDict(json.loads(text))
+    training = config.training
+    check_training(config)
+    model = autoencoder.build(config)
+    kind, channels = model.settings.kind, model.settings.latent_channels
+    update = schedules.optimizer(training, training.steps)
+    rate = schedules.learning_rate(training, training.steps)
+    features, perceptual_parameters = None, {}
+    if training.perceptual:
+        features, perceptual_parameters = perceptual.load(training.perceptual, config.preparation)
+    critics, _ = _discriminators(model.settings.dtype, 0)
+
+    def first(seed: int) -> dict[str, Any]:
+        parameters = autoencoder.build(config, seed).parameters
+        state = {
+            "parameters": parameters,
+            "optimizer": update.init(parameters),
+            "step": jnp.zeros((), jnp.int32),
+            "key": jax.random.key_data(jax.random.key(seed)),
+        }
+        if kind == "vq":
+            state["codebook"] = vector_quantization.empty(training.codes, channels)
+        if training.adversarial_from:
+            _, state["discriminators"] = _discriminators(model.settings.dtype, seed)
+            state["discriminator_optimizer"] = update.init(state["discriminators"])
+        return state
+
+    def init(seed: int) -> dict[str, Any]:
+        state = first(seed)
+        return jax.device_put(state, parallel.state_shardings(mesh, state))
+
+    def scores(
+        parameters: dict[str, Array], key: Array, image: Array, decoded: Array
+    ) -> dict[str, tuple[list[Array], list[Array]]]:
+        """Activations of both discriminators for images and reconstructions."""
+        slices = (discriminators.random_slices(key, x) for x in (image, decoded))
+        inputs = {"slices": tuple(slices), "crops": (image, decoded)}
+        return {
+            name: tuple(critics[name](parameters, x) for x in pair) for name, pair in inputs.items()
+        }
+
+    def generator_terms(critic, key, image, decoded) -> dict[str, Array]:
+        found = scores(critic, key, image, decoded)
+        weights = {"slices": training.adversarial_slices, "crops": training.adversarial_crops}
+        return {
+            "adversarial": sum(-w * found[name][1][-1].mean() for name, w in weights.items()),
+            "matching": sum(
+                w * discriminators.feature_matching(*found[name]) for name, w in weights.items()
+            ),
+        }
+
+    def encode_with_noise(state, parameters, key, image):
+        """Returns latents to decode, what is to be added to the loss, scalars and what is new."""
+        encoded = model.encode(parameters, image)
+        if kind == "kl":
+            mean, log_variance = autoencoder.split_latent(encoded)
+            noise = jax.random.normal(key, mean.shape)
+            # Kullback-Leibler divergence from the unit Gaussian, mean over latents, in nats.
+            divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
+            z = mean + jnp.exp(log_variance / 2) * noise
+            return z, training.kl * divergence, {"kl": divergence}, {}
+        of_first, of_restarts = jax.random.split(key)
+        fixed = jax.lax.stop_gradient(encoded)
+        codebook = jax.lax.cond(
+            state["step"] == 0,
+            lambda book: vector_quantization.initialise(of_first, book, fixed),
+            lambda book: book,
+            state["codebook"],
+        )
+        indices = vector_quantization.nearest(codebook["embeddings"], fixed)
+        codes = codebook["embeddings"][indices]
+        commitment = jnp.square(encoded - codes).mean()
+        new = vector_quantization.update(
+            of_restarts,
+            codebook,
+            fixed,
+            indices,
+            decay=training.codebook_decay,
+            least_use=training.least_use,
+        )
+        scalars = {
+            "commitment": commitment,
+            "perplexity": vector_quantization.perplexity(indices, training.codes),
+        }
+        # The gradient passes the codes as if they were the latents.
+        z = encoded + jax.lax.stop_gradient(codes - encoded)
+        return z, training.commitment * commitment, scalars, {"codebook": new}
+
+    def step(state: dict[str, Any], batch: dict[str, Array], frozen: dict[str, Array]):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+        # kl's noise is drawn from the key itself, whatever else is trained.
+        of_slices = jax.random.fold_in(key, 1)
+        image = batch["image"] * 2 - 1
+        active = (
+            state["step"] >= training.adversarial_from
+            if training.adversarial_from
+            else jnp.asarray(False)
+        )
+
+        def loss_of(parameters):
+            z, loss, scalars, new = encode_with_noise(state, parameters, key, image)
+            decoded = model.decode(parameters, z)
+            error, reconstruction = reconstruction_loss(image, decoded, training)
+            scalars["l1"] = error
+            loss = loss + reconstruction
+            if features is not None:
+                scalars["perceptual"] = perceptual.distance(features, frozen, image, decoded)
+                loss = loss + training.perceptual_weight * scalars["perceptual"]
+            if training.adversarial_from:
+                terms = jax.lax.cond(
+                    active,
+                    lambda x: generator_terms(state["discriminators"], of_slices, image, x),
+                    lambda x: jax.tree.map(jnp.asarray, _NO_SCORE),
+                    decoded,
+                )
+                scalars |= terms
+                loss = loss + terms["adversarial"]
+                loss = loss + training.feature_matching * terms["matching"]
+            return loss, (scalars, decoded, new)
+
+        (loss, (scalars, decoded, new)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state["parameters"]
+        )
+        changes, optimizer = update.update(gradient, state["optimizer"], state["parameters"])
+        new |= {
+            "parameters": jax.tree.map(jnp.add, state["parameters"], changes),
+            "optimizer": optimizer,
+            "step": state["step"] + 1,
+            "key": state["key"],
+        }
+        norm = optax.global_norm(gradient)
+        if training.adversarial_from:
+            fixed = jax.lax.stop_gradient(decoded)
+            trained, critic_loss, critic_norm = jax.lax.cond(
+                active,
+                lambda kept: train_discriminators(kept, of_slices, image, fixed),
+                lambda kept: (kept, jnp.zeros(()), jnp.zeros(())),
+                (state["discriminators"], state["discriminator_optimizer"]),
+            )
+            new["discriminators"], new["discriminator_optimizer"] = trained
+            scalars["discriminator"] = critic_loss
+            norm = norm + critic_norm
+        # A gradient that is no number spoils what is kept: the loss says so.
+        loss = jnp.where(jnp.isfinite(norm), loss, jnp.nan)
+        scalars = {"loss": loss, "learning_rate": jnp.asarray(rate(state["step"])), **scalars}
+        return new, scalars
+
+    def train_discriminators(kept, key, image, decoded):
+        parameters, optimizer = kept
+
+        def loss_of(parameters):
+            found = scores(parameters, key, image, decoded)
+            return sum(
+                weight * discriminators.hinge_loss(found[name][0][-1], found[name][1][-1])
+                for name, weight in (
+                    ("slices", training.adversarial_slices),
+                    ("crops", training.adversarial_crops),
+                )
+            )
+
+        loss, gradient = jax.value_and_grad(loss_of)(parameters)
+        changes, optimizer = update.update(gradient, optimizer, parameters)
+        parameters = jax.tree.map(jnp.add, parameters, changes)
+        return (parameters, optimizer), loss, optax.global_norm(gradient)
+
+    shardings = parallel.state_shardings(mesh, jax.eval_shape(lambda: first(0)))
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, parallel.batch_sharding(mesh), parallel.replicated(mesh)),
+        out_shardings=(shardings, parallel.replicated(mesh)),
+        compiler_options=convolution.compiler_options(),
+    )
+    return Trainer(init, lambda state, batch: jitted(state, batch, perceptual_parameters), model)
+
+
+def check_training(config: ConfigDict) -> None:
+    """Refuses settings of the section training that do not fit.
+
+    Raises:
+        UserError: says which.
+    """
+    training = config.training
+    patch = tuple(training.patch_size)
+    if len(patch) != 3 or any(size % autoencoder.FACTOR or size < 12 for size in patch):
+        raise UserError(
+            f"training.patch_size is {patch}. Expected three multiples of {autoencoder.FACTOR}"
+            " from 12"
+        )
+    positive = ("steps", "batch_size", "save_every", "log_every")
+    not_negative = (
+        *("reconstruction", "gradient", "kl", "commitment", "perceptual_weight"),
+        *("adversarial_from", "adversarial_slices", "adversarial_crops", "feature_matching"),
+    )
+    for name in (*positive, *not_negative):
+        if training[name] < (name in positive):
+            raise UserError(
+                f"training.{name} is {training[name]}. Expected {'1' if name in positive else '0'}"
+                " or more"
+            )
+    vq = autoencoder.settings_of(config).kind == "vq"
+    if vq and (training.codes < 2 or not 0 <= training.codebook_decay < 1):
+        raise UserError(
+            f"training.codes is {training.codes} and codebook_decay {training.codebook_decay}."
+            " Expected 2 or more, and 0 to below 1"
+        )
+
+
+def reconstruction_loss(
+    truth: Float[Array, "b x y z 1"], other: Float[Array, "b x y z 1"], weights: ConfigDict
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the mean absolute error, and what a training minimises of it.
+
+    Args:
+        truth: images.
+        other: their reconstructions.
+        weights: reconstruction, of that error; gradient, of the error of slopes: the differences of
+            neighbours along each axis, which blurred edges and textures get wrong, and of which
+            the error itself hardly tells.
+    """
+    difference = other - truth
+    error = jnp.abs(difference).mean()
+    loss = weights.reconstruction * error
+    if weights.gradient:
+        slopes = [jnp.abs(jnp.diff(difference, axis=axis)).mean() for axis in (1, 2, 3)]
+        loss = loss + weights.gradient * sum(slopes[1:], start=slopes[0]) / 3
+    return error, loss
+
+
+def _discriminators(dtype: str, seed: int) -> tuple[dict[str, Callable], dict[str, Array]]:
+    """Returns the functions of both discriminators, and their parameters in one dictionary."""
+    functions, parameters = {}, {}
+    for name, dimensions, stream in (("slices", 2, _SLICES), ("crops", 3, _CROPS)):
+        apply, values = discriminators.create(dimensions, dtype=dtype, seed=1000 * seed + stream)
+        parameters |= {f"{name}.{key}": value for key, value in values.items()}
+        functions[name] = functools.partial(_apply_part, apply, f"{name}.")
+    return functions, parameters
+
+
+def _apply_part(apply: Callable, prefix: str, parameters: dict[str, Array], x: Array) -> Any:
+    return apply(autoencoder.part(parameters, prefix), x)
