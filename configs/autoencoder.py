@@ -11,7 +11,7 @@ any, only say where crops lie (training.centered). WORKDIR has the network, qual
 
 from ml_collections import ConfigDict
 
-from data_prep import virtual_abdomen
+from configs import scaling
 
 VARIANTS = ("virtual", "paper")
 
@@ -27,28 +27,21 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.store = ""  # a prepared store; empty: prepare data.root into WORKDIR/store
-    config.data.source = "virtual"  # virtual, abdomen_atlas, nnunet, msd
+    config.data.source = "virtual"  # virtual, scans, abdomen_atlas, nnunet, msd
     config.data.root = ""  # the scans' folder; empty for virtual: WORKDIR/scans
     config.data.labels = ConfigDict()  # names of labels, as in configs/preparation.py
     config.data.held_out = 0.1  # share of the patients that quality is measured on
 
-    # The pool: patients of the built-in cohort's hospitals that no study has, by another seed.
-    config.virtual = ConfigDict(
-        {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in virtual_abdomen.default_settings().items()
-        }
-    )
+    # The pool: the default study's scanners and tumours, of all three organs, in patients that no
+    # study has: those of another seed.
+    study = scaling.get_config()
+    config.virtual = ConfigDict(study.virtual)
     config.virtual.seed = 1000
     config.virtual.tumors = ("liver_lesion", "pancreatic_lesion", "kidney_lesion")
     config.virtual.patients_per_site = 40
     config.virtual.ood_patients_per_site = 0
-    config.virtual.ood_sites = ()
 
-    config.preparation = ConfigDict()
-    config.preparation.spacing = (4.0, 4.0, 4.0)  # mm
-    config.preparation.window = (-175.0, 250.0)  # HU that become -1 and 1
-    config.preparation.order = 1
+    config.preparation = ConfigDict(study.preparation)  # what -1 and 1 are, and the grid
 
     config.model = ConfigDict()
     config.model.preset = "small"  # or "difftumor"; the other settings take the place of a preset's
@@ -84,11 +77,8 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.training.warmup = 0.05
     config.training.epoch_steps = 250  # of "poly"
     config.training.power = 0.9
-    config.training.drops = (
-        40000,
-        50000,
-        60000,
-    )  # of "drops": steps at which the rate falls to 0.1
+    # Of "drops": steps at which the rate falls to 0.1.
+    config.training.drops = (40_000, 50_000, 60_000)
     config.training.save_every = 500
     config.training.log_every = 50
     config.training.loader_threads = 1
@@ -107,7 +97,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 def _paper(config: ConfigDict) -> None:
     """DiffTumor's stage 1: a VQ-GAN of crops of 96^3 at 1 mm, 80,000 steps on 9,262 scans of CT."""
     config.workers = 8
-    config.data.source = "nnunet"  # a folder of scans: set data.root
+    config.data.source = "scans"  # a folder of unlabelled ones: set data.root
     config.preparation.spacing = (1.0, 1.0, 1.0)  # mm
     config.preparation.order = 3
 

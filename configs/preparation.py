@@ -3,9 +3,11 @@
     python -m tumorjax.main --config=configs/preparation.py --config.input=ABDOMENATLAS
     python -m tumorjax.main --config=configs/preparation.py:nnunet --config.input=Dataset001_Mine
     python -m tumorjax.main --config=configs/preparation.py:msd --config.input=Task03_Liver
+    python -m tumorjax.main --config=configs/preparation.py:scans --config.input=UNLABELLED
     python -m tumorjax.main --config=configs/preparation.py:virtual
 
-Variants are the sources: abdomen_atlas (default), nnunet, msd, virtual (the built-in cohort).
+Variants are the sources: abdomen_atlas (default), nnunet, msd, scans (without labels, for the
+synthesizer), virtual (the built-in cohort).
 `input` may hold a patients.csv (case,patient,site); without one each scan is a patient of its own.
 Cases that cannot be used are listed in WORKDIR/rejected.csv, the rest goes on. Run again, only what
 is missing or changed is done.
@@ -13,7 +15,7 @@ is missing or changed is done.
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("abdomen_atlas", "nnunet", "msd", "virtual")
+VARIANTS = ("abdomen_atlas", "nnunet", "msd", "scans", "virtual")
 
 
 def get_config(variant: str = "abdomen_atlas") -> ConfigDict:

@@ -77,10 +77,18 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     config.synthesis = ConfigDict()
     config.synthesis.store = ""  # empty: WORKDIR/synthetic
-    config.synthesis.synthesizer = "rules"
+    config.synthesis.synthesizer = "rules"  # or "diffusion"
     config.synthesis.prior = "difftumor"  # of shapes
     config.synthesis.per_real = 3
     config.synthesis.sizes = ConfigDict({"small": 4.0, "medium": 2.0, "large": 1.0})
+    config.synthesis.online = False  # True: no store, new tumours in every training step
+    # Of "diffusion". trained_on "pool": `checkpoint` is the workdir of a job "diffusion", whose
+    # patients none of the tests may have; "cell": every cell trains its own on its annotated scans.
+    config.synthesis.trained_on = "pool"
+    config.synthesis.checkpoint = ""
+    config.synthesis.sampler = placeholder(str)  # those of its training where none is given
+    config.synthesis.steps = placeholder(int)
+    config.synthesis.guidance = placeholder(float)
 
     config.model = ConfigDict()
     config.model.name = "resenc_unet"  # or another of tumorjax.models.NETWORKS

@@ -244,7 +244,8 @@ def prepare_case(task: Task) -> Row | None:
                 "Convert the scan again with its orientation",
             )
         label = read_labels(task.scan.labels, scan.image.shape, scan.affine, channel)
-        _check_structures(case, label, task.scan)
+        if task.source != "scans":
+            _check_structures(case, label, task.scan)
         original = {
             "shape": list(scan.image.shape),
             "affine": scan.affine.tolist(),

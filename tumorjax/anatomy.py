@@ -60,6 +60,9 @@ HOST: dict[str, str] = {
 }
 TUMOR_OF: dict[str, str] = {organ: tumor for tumor, organ in HOST.items()}
 
+# Structures that lie inside an organ and hide it in a label map: to tumours they are the organ.
+INSIDE: dict[str, tuple[str, ...]] = {"liver": ("hepatic_vessel",)}
+
 PAIRS: tuple[tuple[str, str], ...] = (
     ("kidney_left", "kidney_right"),
     ("adrenal_gland_left", "adrenal_gland_right"),

@@ -24,7 +24,8 @@ JOBS = {
     "diffusion": "tumorjax.synthesis.diffusion_training",
     "evaluation": "tumorjax.evaluation.evaluate",
     "prediction": "tumorjax.inference.predict",
-    "synthesis": "tumorjax.synthesis.job",
+    "synthesis": "tumorjax.inference.organs",
+    "realism": "tumorjax.synthesis.realism",
     "export": "tumorjax.inference.nnunet_export",
 }
 

@@ -15,7 +15,7 @@ from tumorjax import anatomy
 from tumorjax.errors import CaseError, UserError
 from tumorjax.files import check_case_id, read_csv
 
-SOURCES = ("abdomen_atlas", "nnunet", "msd", "virtual")
+SOURCES = ("abdomen_atlas", "nnunet", "msd", "scans", "virtual")
 ENDINGS = (".nii.gz", ".nii")
 
 # Labels that name a pair without a side ("kidney"); sides are told apart when a case is prepared.
@@ -75,7 +75,7 @@ class LabelFile(NamedTuple):
 
 
 class ScanCase(NamedTuple):
-    """One annotated scan, as its source has it."""
+    """One scan, as its source has it; of unlabelled ones `labels` is empty."""
 
     case: str
     image: Path

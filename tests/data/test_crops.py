@@ -214,6 +214,29 @@ def test_threads_do_not_change_the_stream(threads):
         assert all(same(next(alone), next(together)) for _ in range(30))
 
 
+def test_rows_of_hosts_are_marked_also_where_a_scan_is_there_twice():
+    store = make_store()
+    names = list(store.cases)
+    sources = [(store, case) for case in (*names, names[0], names[0])]
+    settings = {"foreground": 0.5, "patch_size": (8, 8, 8), "batch_size": 2, "seed": 3}
+    hosts = range(len(names), len(sources))
+    with (
+        crops.loader(sources, CLASSES, **settings, hosts=hosts) as loader,
+        crops.loader(sources, CLASSES, **settings) as plain,
+    ):
+        marked, of_scan = [], []
+        for _ in range(3 * len(sources)):
+            batch, same_batch = next(loader), next(plain)
+            assert "implant" not in same_batch
+            np.testing.assert_array_equal(batch["image"], same_batch["image"])
+            marked += list(batch["implant"])
+            of_scan += [find(store, image[..., 0])[0] for image in batch["image"]]
+    # Each source comes six times: two of them are hosts, and one more source is the same scan.
+    assert sum(marked) == 12
+    assert {case for case, mark in zip(of_scan, marked, strict=True) if mark} == {names[0]}
+    assert sum(case == names[0] for case in of_scan) == 18
+
+
 def test_seeds_give_different_streams():
     store = make_store()
     with make_loader(store, seed=1) as one, make_loader(store, seed=2) as other:

@@ -165,6 +165,19 @@ def test_msd_with_a_channel_axis_and_only_tumours(tmp_path, rng):
     assert store.record("colon_001")["labels"] == ["colon_lesion"]
 
 
+def test_scans_without_labels(tmp_path, rng):
+    image, _ = scan(rng)
+    save(tmp_path / "in" / "a_0000.nii.gz", image)
+    save(tmp_path / "in" / "b" / "ct.nii.gz", image)
+    assert run(tmp_path / "in", tmp_path, "scans") == []
+    store = open_store(tmp_path / "store")
+    assert store.cases == ["a", "b"]
+    assert store.record("a")["labels"] == []
+    assert not store.read("a", "label").any()
+    assert store.locations("a") == {}
+    np.testing.assert_array_equal(store.read("a", "image"), store.read("b", "image"))
+
+
 def test_sides_of_kits_like_kidneys(tmp_path, rng):
     folder = tmp_path / "kits"
     image, _ = scan(rng)

@@ -295,3 +295,25 @@ def test_tables_of_patients(tmp_path):
     path.write_bytes(np.random.default_rng(1).bytes(500))
     with pytest.raises(UserError):
         read_patients(tmp_path)
+
+
+# ------------------------------------------------------------------ scans without labels
+
+
+def test_scans_without_labels(tmp_path):
+    for name in ("a.nii.gz", "b_0000.nii.gz", "c/ct.nii", "d/mr.nii.gz", ".e.nii.gz", "notes.txt"):
+        touch(tmp_path / name)
+    (tmp_path / "patients.csv").write_text("case,patient,site\nb,bob,north\n")
+    found = find("scans", tmp_path)
+    assert [(c.case, c.patient, c.site, c.labels) for c in found.cases] == [
+        ("a", "a", "scans", ()),
+        ("b", "bob", "north", ()),
+        ("c", "c", "scans", ()),
+    ]
+    assert not found.rejected
+
+
+def test_a_folder_without_scans_is_refused(tmp_path):
+    touch(tmp_path / "c" / "mr.nii.gz")
+    with pytest.raises(UserError, match=r"no scans\. Expected CASE\.nii\.gz"):
+        find("scans", tmp_path)

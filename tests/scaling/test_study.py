@@ -129,6 +129,26 @@ def test_settings_that_cannot_be_used_are_refused_before_anything_is_made(
     assert not (tmp_path / "scans").exists()
 
 
+def test_tumours_can_be_made_while_it_trains(finished, tmp_path):
+    changes = {"data.store": str(finished / "store"), "synthesis.online": True}
+    changes |= {"grid.n_real": (1,), "grid.arms": ("real+synthetic",)}
+    assert study.run(small_config(**changes), tmp_path) in (0, 1)
+    assert not (tmp_path / "synthetic").exists()
+    rows = read_csv(tmp_path / "results.csv")
+    assert {int(row["n_synthetic"]) for row in rows} == {3}
+    # The same scans, another training: tumours are there from the first step.
+    curves = [
+        read_csv(folder / "cells" / "real+synthetic-n0001-s0" / "metrics.csv")[0]["loss"]
+        for folder in (finished, tmp_path)
+    ]
+    assert curves[0] != curves[1]
+
+
+def test_the_report_says_who_drew_the_tumours(finished):
+    assert json.loads((finished / "synthesis.json").read_text())["synthesizer"] == "rules"
+    assert "drawn by hand-written rules" in (finished / "report" / "index.html").read_text()
+
+
 def test_a_grid_larger_than_the_cohort_is_refused_before_training(finished, tmp_path):
     config = small_config(**{"grid.n_real": (1, 500), "data.store": str(finished / "store")})
     with pytest.raises(UserError, match="500"):

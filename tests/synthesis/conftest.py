@@ -1,26 +1,13 @@
 """A diffusion model whose tumours are known in advance, in the place of a trained one."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
+
+from tumorjax.synthesis.trained_diffusion import TrainedDiffusion
 
 WINDOW = (-175.0, 250.0)
-
-
-class Trained(NamedTuple):
-    """The fields of trained_diffusion.TrainedDiffusion."""
-
-    generate: Callable[..., Any]
-    organs: tuple[str, ...]
-    spacing: tuple[float, float, float]
-    window: tuple[float, float]
-    crop: tuple[int, int, int]
-    trained_on: dict[str, Any]
-    config: dict[str, Any]
 
 
 def known_tumor(level, texture, key, image, mask, organ, radius_mm):
@@ -50,9 +37,8 @@ def make_trained():
         level=(-0.1, 0.0, 0.1),
         texture=0.02,
     ):
-        generate = jax.tree_util.Partial(
-            functools.partial(known_tumor), jnp.asarray(level), jnp.asarray(texture)
-        )
-        return Trained(generate, organs, spacing, window, crop, {}, {"preparation": {"order": 1}})
+        generate = jax.tree_util.Partial(known_tumor, jnp.asarray(level), jnp.asarray(texture))
+        config = ConfigDict({"preparation": {"order": 1}})
+        return TrainedDiffusion(generate, organs, spacing, window, crop, {}, config)
 
     return make

@@ -52,10 +52,10 @@ def _config(kind="kl", **training):
     config.model.widths = (4, 8)
     config.model.latent_channels = 3
     config.model.decoder_blocks = (1,)
-    config.mesh.data = 1
+    config.mesh.data = 8
     config.training.codes = 8
     config.training.patch_size = (12, 12, 12)
-    config.training.batch_size = 4
+    config.training.batch_size = 8
     config.training.steps = 4
     config.training.save_every = 2
     config.training.log_every = 1
@@ -148,7 +148,7 @@ def test_the_job_trains_and_leaves_an_autoencoder_that_loads(store, tmp_path, ca
     assert len(trained.trained_on["patients"]) == 3
     quality = json.loads((folder / "quality.json").read_text())
     assert quality["held_out_scans"] == 1
-    assert quality["crops"] == 8
+    assert quality["crops"] == 16
     assert set(quality["hu_error"]) >= {"fat", "organ", "tumor"}
     assert (folder / "quality.png").stat().st_size > 1000
 

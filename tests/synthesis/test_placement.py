@@ -70,7 +70,7 @@ def test_inside_leaves_the_margin_of_organ_along_each_axis(organ, margin):
 
 def test_border_tumours_touch_the_border_and_anywhere_ones_need_not(organ):
     image, mask = organ
-    touching = {position: 0 for position in ("anywhere", "border")}
+    touching = dict.fromkeys(("anywhere", "border"), 0)
     for position in touching:
         for key in range(12):
             tumor = put(key, image, mask, 7.0, position=position)

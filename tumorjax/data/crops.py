@@ -47,7 +47,7 @@ class CropLoader:
 
     Each batch is {"image": float32 [b, x, y, z, 1] in the store's [0, 1], "label": uint8
     [b, x, y, z] class indices of the task}, where b is this process's share of the batch; with
-    `hosts` also "implant": bool [b], whether the crop is of one of these cases.
+    `hosts` also "implant": bool [b], whether the crop is of one of these sources.
     """
 
     def __init__(self, batches: "_Batches", start: int, threads: int, prefetch: int):
@@ -107,7 +107,7 @@ def loader(
     final_patch_size: Sequence[int] | None = None,
     foreground_classes: Sequence[str] | None = None,
     tumor_share: float | None = None,
-    hosts: Collection[str] | None = None,
+    hosts: Collection[int] | None = None,
 ) -> CropLoader:
     """Returns an endless, reproducible stream of training batches.
 
@@ -135,7 +135,8 @@ def loader(
         foreground_classes: classes that crops are centred on; all of the task if None.
         tumor_share: chance that a centred crop is on one of the tumour classes where the case has
             a tumour and another class as well; None gives each class the same chance.
-        hosts: cases that are to get synthetic tumours on the device; None where none are.
+        hosts: positions in `sources` of scans that are to get synthetic tumours on the device; None
+            where none are. A scan may be there twice, with and without.
 
     Raises:
         UserError: no sources, or a setting that does not fit.
@@ -244,7 +245,7 @@ class _Batches:
         rows: range,
         first_centered: int,
         seed: int,
-        hosts: frozenset[str] | None,
+        hosts: frozenset[int] | None,
     ):
         self._hosts = hosts
         self._sources = sources
@@ -278,7 +279,7 @@ class _Batches:
             rng = np.random.default_rng([self._seed, _CROP, sample])
             corner = self._corner(number, row >= self._first_centered, rng)
             read_crop(store, case, corner, image[index, ..., 0], label[index])
-            implant[index] = case in (self._hosts or ())
+            implant[index] = number in (self._hosts or ())
         batch = {"image": image, "label": self._table[label]}
         return batch if self._hosts is None else batch | {"implant": implant}
 

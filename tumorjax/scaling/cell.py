@@ -20,6 +20,8 @@ from tumorjax.evaluation.summary import SUMMARY_COLUMNS, summarize
 from tumorjax.files import write_bytes_atomic, write_csv_atomic, write_json_atomic
 from tumorjax.inference.sliding_window import predict
 from tumorjax.scaling.grid import Cell
+from tumorjax.settings import plain
+from tumorjax.synthesis import online
 from tumorjax.training.segmenter import train_segmenter
 from tumorjax.volumes import Store
 
@@ -34,6 +36,8 @@ class Scans:
         real: annotated scans, cases of `store`.
         synthetic: scans with synthetic tumours, cases of `synthetic_store`.
         tests: (split, case of `store`).
+        hosts: healthy scans, cases of `store`, that get new tumours in every step; a scan that is
+            named several times comes as often.
     """
 
     store: Store
@@ -41,6 +45,7 @@ class Scans:
     synthetic_store: Store | None
     synthetic: Sequence[str]
     tests: Sequence[tuple[str, str]]
+    hosts: Sequence[str] = ()
 
 
 def is_done(folder: Path) -> bool:
@@ -74,7 +79,23 @@ def run_cell(
     sources = [(scans.store, case) for case in scans.real]
     if scans.synthetic_store is not None:
         sources += [(scans.synthetic_store, case) for case in scans.synthetic]
-    apply = train_segmenter(config, sources, folder, mesh, clock=clock, progress=progress)
+    hosts = range(len(sources), len(sources) + len(scans.hosts))
+    sources += [(scans.store, case) for case in scans.hosts]
+    transform = None
+    if scans.hosts:
+        transform = online.from_settings(
+            plain(config.synthesis), config.task.classes, config.preparation, mesh
+        )
+    apply = train_segmenter(
+        config,
+        sources,
+        folder,
+        mesh,
+        clock=clock,
+        progress=progress,
+        transform=transform,
+        hosts=hosts,
+    )
     rows = test(apply, config, scans, folder, clock)
     write_csv_atomic(folder / "cases.csv", rows, CASE_COLUMNS)
     write_bytes_atomic(folder / "samples.npz", _gather_samples(config, scans.tests, folder))
@@ -87,7 +108,7 @@ def run_cell(
                         "cell": cell.id,
                         "arm": cell.arm,
                         "n_real": cell.n_real,
-                        "n_synthetic": len(scans.synthetic),
+                        "n_synthetic": len(scans.synthetic) + len(scans.hosts),
                         "seed": cell.seed,
                         "split": split,
                     }

@@ -29,7 +29,7 @@ from tumorjax import files
 from tumorjax.errors import UserError
 from tumorjax.metrics.detection import SIZE_GROUPS
 from tumorjax.pages import template
-from tumorjax.scaling import figures, pictures, report_tables, words
+from tumorjax.scaling import figures, pictures, report_tables, synthetic_arm, words
 from tumorjax.scaling.results import (
     ALL_TUMORS,
     ARMS,
@@ -45,6 +45,7 @@ from tumorjax.settings import plain
 _DPI = 120
 _SAMPLES_SHOWN = 2
 _ALARMS = ("patient_specificity", "auc", "false_positives_per_scan")
+_REALISM_SHOWN = ("contact_sheet", "sizes", "auc")
 _PACKAGES = (
     "tumorjax",
     "jax",
@@ -66,8 +67,8 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
     """Writes the report of a study, or of a table whose laws are known.
 
     Args:
-        workdir: has laws.json; results.csv, cells/, timing.json, rejected.csv and config.json are
-            used where they are. Gets report/, whole or not at all.
+        workdir: has laws.json; results.csv, cells/, realism/, synthesis.json, timing.json,
+            rejected.csv and config.json are used where they are. Gets report/, whole or not at all.
         config: of the job. `report.samples`: number of test scans shown of each split; `results`:
             the table of a laws job, in whose folder a study's cells are looked for.
 
@@ -91,6 +92,8 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
         "tiles": _tiles(found, metric),
         "stories": {figures.SPLIT_NAMES[s]: words.story(found, metric, s) for s in SPLITS},
         "progress": _progress(study, config),
+        "synthesis": _synthesis(study),
+        "realism": _realism(study),
         "timing": _timing(study),
         "rejected": _rejected(study),
         "config": _config(study, config),
@@ -102,6 +105,7 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
     try:
         with matplotlib.rc_context(figures.STYLE):
             drawn = _save_figures(_draw(found, metric, study, cases, config), folder / "figures")
+        drawn |= _realism_figures(study, folder / "figures")
         _save_tables(tables, folder / "tables")
         page = template("tumorjax.scaling", "report.html").render(
             found=found, metric=METRICS[metric], figures=drawn, tables=tables, **texts
@@ -279,6 +283,18 @@ def _save_figures(drawn: Mapping[str, Figure], folder: Path) -> dict[str, str]:
     return encoded
 
 
+def _realism_figures(study: Path, folder: Path) -> dict[str, str]:
+    """Copies the figures of realism that the page shows, and returns their PNGs as text."""
+    encoded = {}
+    for name in _REALISM_SHOWN:
+        source = study / "realism" / "figures" / f"{name}.png"
+        if source.is_file():
+            for ending in (".png", ".pdf"):
+                shutil.copyfile(source.with_suffix(ending), folder / f"realism_{name}{ending}")
+            encoded[f"realism_{name}"] = base64.b64encode(source.read_bytes()).decode()
+    return encoded
+
+
 # Tables
 
 
@@ -355,6 +371,18 @@ def _progress(study: Path, config: Mapping[str, Any]) -> str:
     if done >= planned:
         return ""
     return f"{done} of the study's {planned} cells are done; this report is of those."
+
+
+def _synthesis(study: Path) -> str:
+    """Returns where the study's synthetic tumours come from, "" where it has none."""
+    path = study / "synthesis.json"
+    return synthetic_arm.sentence(json.loads(path.read_text())) if path.is_file() else ""
+
+
+def _realism(study: Path) -> str:
+    """Returns how real the study's synthetic tumours are, in a sentence; "" where nobody looked."""
+    path = study / "realism" / "realism.json"
+    return json.loads(path.read_text())["headline"] if path.is_file() else ""
 
 
 def _timing(study: Path) -> list[tuple[str, float, float]]:

@@ -7,7 +7,8 @@ report. Several processes may be started on one workdir; they share the cells.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from tumorjax.data import cohort
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv, write_csv_atomic, write_json_atomic
 from tumorjax.locks import locked
-from tumorjax.scaling import grid, laws, report
+from tumorjax.scaling import grid, laws, report, synthetic_arm
 from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
+from tumorjax.scaling.results import REAL, WITH_SYNTHETIC
 from tumorjax.settings import first_difference, plain
+from tumorjax.synthesis import realism
 from tumorjax.synthesis.store import make_store
 from tumorjax.training.segmenter import check_network
-from tumorjax.volumes import open_store
+from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
 _FREE = ("mesh", "processes", "workers", "cpu_devices")
@@ -70,29 +73,32 @@ def run(config: ConfigDict, workdir: Path) -> int:
         f" train on, {len(split.id_test)} in-distribution and {len(split.ood_test)}"
         " out-of-distribution to test on"
     )
-    synthetic_store, implants = None, []
-    if "real+synthetic" in config.grid.arms:
-        with clock("synthesize"), locked(workdir / ".synthesize.lock"):
-            implants = cohort.plan_synthetic(
-                split,
-                records,
-                config.synthesis.per_real * max(n_reals),
-                config.synthesis,
-                config.seed,
-            )
-            url = config.synthesis.store or str(workdir / "synthetic")
-            rejected += make_store(store, url, implants, config.synthesis, progress=_bar("implant"))
-            synthetic_store = open_store(url)
     tests = [("id", case) for case in split.id_test] + [("ood", case) for case in split.ood_test]
+    synthesis = config.synthesis
+    synthetic_store, implants = None, []
+    if WITH_SYNTHETIC in config.grid.arms:
+        source = synthetic_arm.origin(synthesis, {case: records[case] for _, case in tests})
+        write_json_atomic(workdir / "synthesis.json", source._asdict())
+        implants = cohort.plan_synthetic(
+            split, records, synthesis.per_real * max(n_reals), synthesis, config.seed
+        )
+        if not synthesis.online:
+            with clock("synthesize"), locked(workdir / ".synthesize.lock"):
+                url = synthesis.store or str(workdir / "synthetic")
+                rejected += make_store(store, url, implants, synthesis, progress=_bar("implant"))
+                synthetic_store = open_store(url)
 
     def scans_of(cell: grid.Cell) -> Scans:
-        synthetic: list[str] = []
-        if cell.arm == "real+synthetic" and synthetic_store is not None:
-            made = set(synthetic_store.cases)
-            wanted = implants[: config.synthesis.per_real * cell.n_real]
-            synthetic = [implant.name for implant in wanted if implant.name in made]
         real = cohort.subset(split, records, cell.n_real, cell.seed)
-        return Scans(store, real, synthetic_store, synthetic, tests)
+        scans = Scans(store, real, None, (), tests)
+        if cell.arm != WITH_SYNTHETIC:
+            return scans
+        mine = implants[: synthesis.per_real * cell.n_real]
+        if synthetic_store is None:
+            return replace(scans, hosts=[implant.case for implant in mine])
+        made = set(synthetic_store.cases)
+        names = [implant.name for implant in mine if implant.name in made]
+        return replace(scans, synthetic_store=synthetic_store, synthetic=names)
 
     progress = _Progress(cells, lambda cell: is_done(folders[cell]))
 
@@ -114,6 +120,12 @@ def run(config: ConfigDict, workdir: Path) -> int:
     ]
     with locked(workdir / ".report.lock"):
         if not _finished(workdir):
+            if synthetic_store is not None:
+                with clock("realism"):
+                    reference = _reference(cells, folders)
+                    rejected += _realism(
+                        workdir / "realism", store, split.train, synthetic_store, reference
+                    )
             _gather(config, workdir, folders, rejected, clock)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
     print(f"time: {seconds}; in all {clock.total():.0f} s")
@@ -142,6 +154,8 @@ def _check(config: ConfigDict, workdir: Path) -> None:
             f" {list(config.grid.seeds)}. Expected arms among {', '.join(cohort.ARMS)}, and at"
             " least one of each"
         )
+    if WITH_SYNTHETIC in config.grid.arms:
+        synthetic_arm.check(config.synthesis)
     check_network(config)
     laws.check_settings(config.laws)
     if not config.data.store and not config.data.root and config.data.source != "virtual":
@@ -161,6 +175,28 @@ def _check(config: ConfigDict, workdir: Path) -> None:
                 )
         else:
             write_json_atomic(path, plain(config))
+
+
+def _reference(cells: list[grid.Cell], folders: Mapping[grid.Cell, Path]) -> str:
+    """Returns the folder of the largest cell without synthetic tumours; "" if there is none."""
+    real = [cell for cell in cells if cell.arm == REAL and is_done(folders[cell])]
+    return str(folders[max(real, key=lambda cell: (cell.n_real, -cell.seed))]) if real else ""
+
+
+def _realism(
+    folder: Path, store: Store, real: Sequence[str], synthetic: Store, checkpoint: str
+) -> list[dict[str, Any]]:
+    """Compares the training patients' tumours with the synthetic ones; returns what was set aside.
+
+    What they look like is said by the encoder of a network that has seen no synthetic tumour.
+    """
+    try:
+        summary = realism.write(store, real, synthetic, None, folder, {"checkpoint": checkpoint})
+    except UserError as error:
+        # A study may well have too few tumours to compare; its curves do not depend on it.
+        print(f"synthetic and real tumours are not compared: {error}")
+        return []
+    return [dict(row) for row in summary["rejected"]]
 
 
 def _gather(

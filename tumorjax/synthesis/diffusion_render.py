@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from tumorjax.errors import UserError
 from tumorjax.geometry import prepare_image, resample_labels, resample_to_shape
 from tumorjax.models.convolution import compiler_options
-from tumorjax.synthesis import texture
+from tumorjax.synthesis import texture, trained_diffusion
 from tumorjax.synthesis.blending import edge_weight, grain, organ_statistics
+from tumorjax.synthesis.trained_diffusion import TrainedDiffusion
 
 Triple = tuple[float, float, float]
 
@@ -37,23 +38,6 @@ _EDGE_MM = (0.5, 1.5)
 _NOISE_VOXELS = 1.5
 
 
-class Trained(Protocol):
-    """What is used of `trained_diffusion.TrainedDiffusion`."""
-
-    @property
-    def generate(self) -> Callable[..., Any]: ...
-    @property
-    def organs(self) -> tuple[str, ...]: ...
-    @property
-    def spacing(self) -> Triple: ...
-    @property
-    def window(self) -> tuple[float, float]: ...
-    @property
-    def crop(self) -> tuple[int, int, int]: ...
-    @property
-    def config(self) -> Any: ...
-
-
 class Model(NamedTuple):
     """A trained diffusion model, ready to draw tumours.
 
@@ -63,7 +47,7 @@ class Model(NamedTuple):
             tumours.
     """
 
-    trained: Trained
+    trained: TrainedDiffusion
     record: Mapping[str, Any]
 
 
@@ -98,18 +82,16 @@ _OPENING, _COMPILING = threading.Lock(), threading.Lock()
 
 @functools.lru_cache(maxsize=4)
 def _open(folder: str, sampler: str | None, steps: int | None, guidance: float | None) -> Model:
-    from tumorjax.synthesis import trained_diffusion
-
     trained = trained_diffusion.load(folder, sampler=sampler, steps=steps, guidance=guidance)
     return make_model(trained, sampler=sampler, steps=steps, guidance=guidance)
 
 
-def make_model(trained: Trained, **sampling: Any) -> Model:
+def make_model(trained: TrainedDiffusion, **sampling: Any) -> Model:
     """Returns a model with the record of its weights and its sampling."""
     return Model(trained, {"fingerprint": fingerprint(trained)} | sampling)
 
 
-def fingerprint(trained: Trained) -> str:
+def fingerprint(trained: TrainedDiffusion) -> str:
     """Returns a hash of all weights and of the grid that a model knows; independent of its place.
 
     Args:
@@ -125,7 +107,7 @@ def fingerprint(trained: Trained) -> str:
     return digest.hexdigest()[:16]
 
 
-def largest_tumor(trained: Trained) -> Triple:
+def largest_tumor(trained: TrainedDiffusion) -> Triple:
     """Returns the extent (x, y, z), mm, that a tumour may have to lie in the model's crop."""
     x, y, z = (
         float((n - 2 * _LATENT) * s) for n, s in zip(trained.crop, trained.spacing, strict=True)
@@ -133,7 +115,7 @@ def largest_tumor(trained: Trained) -> Triple:
     return x, y, z
 
 
-def context(trained: Trained) -> float:
+def context(trained: TrainedDiffusion) -> float:
     """Returns how much of a scan around a tumour, mm, the model may look at.
 
     A crop's whole length: where the scan ends on one side there is more of the other.
@@ -148,7 +130,7 @@ def render(
     tumor: Bool[np.ndarray, "x y z"],
     spacing: Triple,
     *,
-    trained: Trained,
+    trained: TrainedDiffusion,
     organ_index: int,
 ) -> Float[np.ndarray, "x y z"]:
     """Draws a tumour into a crop of a scan.
@@ -231,7 +213,7 @@ def _cut_out(array, start, size, mode):
 def _generate(key, image, hole, steps, trained, organ_index):
     """Runs the model on a box of a scan; both of its pictures in HU, on the box's grid."""
     order = 1
-    preparation = (trained.config or {}).get("preparation")
+    preparation = trained.config.get("preparation")
     if preparation is not None:
         order = int(preparation.get("order", order))
     scale = [s * n / m for s, n, m in zip(steps, image.shape, trained.crop, strict=True)]

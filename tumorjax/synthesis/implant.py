@@ -37,6 +37,8 @@ def implant(
     exclude: Bool[np.ndarray, "x y z"] | None = None,
     blocked: Bool[np.ndarray, "x y z"] | None = None,
     count: int | None = None,
+    position: str = "anywhere",
+    margin_mm: float = 3.0,
     case: str = "scan",
 ) -> tuple[Float[np.ndarray, "x y z"], Bool[np.ndarray, "x y z"]]:
     """Puts tumours into a scan.
@@ -51,8 +53,11 @@ def implant(
         organ: organ group; needed only where the synthesizer is given by its name.
         exclude: existing tumours, which new ones keep a gap from.
         blocked: where tumours that stick out of the organ must not go, such as other organs.
-        count: how many tumours. Without it as in DiffTumor: 1 to 3 if tiny or small, else 1; and
-            1 where a radius is given. Those of several for which there is no place are left out.
+        count: how many tumours. Without it drawn from the prior ("difftumor": 1 to 3 if tiny or
+            small, else 1), and 1 where a radius is given. Those of several for which there is no
+            place are left out.
+        position: "anywhere", "inside" or "border" of the organ, see `placement.place`.
+        margin_mm: of organ around tumours that lie "inside".
         case: named in errors.
 
     Returns:
@@ -74,8 +79,7 @@ def implant(
     taken = np.zeros(image.shape, bool) if exclude is None else np.array(exclude, bool)
     spacing = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     if count is None:
-        several = isinstance(size, str) and size in ("tiny", "small")
-        count = int(generator(jax.random.fold_in(key, 0)).integers(1, 4)) if several else 1
+        count = _draw_count(jax.random.fold_in(key, 0), size, synthesizer)
 
     result = image.copy()
     tumor = np.zeros(image.shape, bool)
@@ -83,7 +87,9 @@ def implant(
         lesion_key = jax.random.fold_in(key, 1 + number)
         try:
             lesion = _place(
-                lesion_key, image, organ_mask, taken, blocked, spacing, size, synthesizer, case
+                lesion_key,
+                *(image, organ_mask, taken, blocked, spacing, size, synthesizer, case),
+                *(position, margin_mm),
             )
         except (OrganTooSmall, TumorTooLarge):
             if number == 0:
@@ -116,8 +122,26 @@ def implant(
     return result, tumor
 
 
+def _draw_count(key, size, synthesizer) -> int:
+    if not isinstance(size, str):
+        return 1
+    if synthesizer.prior == "difftumor":
+        return int(generator(key).integers(1, 4)) if size in ("tiny", "small") else 1
+    return int(shapes.sample_number(key, synthesizer.organ, synthesizer.prior, size)[0])
+
+
 def _place(
-    lesion_key, image, organ_mask, taken, blocked, spacing, size, synthesizer, case
+    lesion_key,
+    image,
+    organ_mask,
+    taken,
+    blocked,
+    spacing,
+    size,
+    synthesizer,
+    case,
+    position,
+    margin_mm,
 ) -> Lesion:
     """Places a tumour that the synthesizer can draw; shapes that it cannot are drawn anew."""
     for attempt in range(_REDRAWN):
@@ -134,6 +158,8 @@ def _place(
             synthesizer.organ,
             synthesizer.prior,
             case,
+            position,
+            margin_mm,
         )
         extent = [(b.stop - b.start) * step for b, step in zip(lesion.box, spacing, strict=True)]
         largest = synthesizer.largest_mm
@@ -190,6 +216,8 @@ def implant_in_one(
     exclude: Bool[np.ndarray, "x y z"] | None = None,
     blocked: Bool[np.ndarray, "x y z"] | None = None,
     count: int | None = None,
+    position: str = "anywhere",
+    margin_mm: float = 3.0,
     case: str = "scan",
 ) -> tuple[Float[np.ndarray, "x y z"], Bool[np.ndarray, "x y z"]]:
     """Puts tumours into one of an organ's parts, such as one of two kidneys; see `implant`.
@@ -216,6 +244,8 @@ def implant_in_one(
                 exclude=exclude,
                 blocked=None if blocked is None else blocked & ~mask,
                 count=count,
+                position=position,
+                margin_mm=margin_mm,
                 case=case,
             )
         except CaseError as error:

@@ -19,9 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from tumorjax import anatomy, parallel
 from tumorjax.errors import UserError
-from tumorjax.models.convolution import compiler_options
 from tumorjax.synthesis import diffusion_render, online_texture, shapes, texture
-from tumorjax.synthesis.store import INSIDE
+from tumorjax.synthesis.trained_diffusion import TrainedDiffusion
 from tumorjax.training.segmenter import Transform
 
 Triple = tuple[float, float, float]
@@ -89,7 +88,7 @@ def find_hosts(classes: Mapping[str, Sequence[str]]) -> list[Host]:
     united = [set(labels) for labels in classes.values()]
     hosts = []
     for tumor, organ in anatomy.HOST.items():
-        own = {*anatomy.organ_labels(organ), *INSIDE.get(organ, ())}
+        own = {*anatomy.organ_labels(organ), *anatomy.INSIDE.get(organ, ())}
         indices = tuple(i for i, labels in enumerate(united, start=1) if labels and labels <= own)
         if table[anatomy.LABELS[tumor]] and indices:
             hosts.append(Host(organ, indices, int(table[anatomy.LABELS[tumor]])))
@@ -135,7 +134,7 @@ def _from_text(text: str, mesh: Mesh | None) -> Transform:
 
 
 def make(
-    trained: diffusion_render.Trained | None,
+    trained: TrainedDiffusion | None,
     classes: Mapping[str, Sequence[str]],
     settings: Mapping[str, Any],
     mesh: Mesh | None = None,
@@ -143,11 +142,11 @@ def make(
     """Returns what puts tumours into the crops of a batch.
 
     It is called as (key, image [b, x, y, z, 1] in the store's [0, 1], label uint8 class indices
-    [b, x, y, z], where bool [b]) -> (image, label). Each row where `where` holds gets one tumour, of
-    one of the kinds whose organ the crop shows, with a radius of the prior. Four places are tried, the last
-    two with 0.7 and 0.5 of the radius. A tumour is cut to its organ; it needs 0.75 of its radius
-    after that and at most 60 % of the organ that is there. Rows without a place stay as they are,
-    bit for bit, and so does everything beyond a tumour's soft edge.
+    [b, x, y, z], where bool [b]) -> (image, label). Each row where `where` holds gets one tumour,
+    of one of the kinds whose organ the crop shows, with a radius of the prior. Four places are
+    tried, the last two with 0.7 and 0.5 of the radius. A tumour is cut to its organ; it needs 0.75
+    of its radius after that and at most 60 % of the organ that is there. Rows without a place stay
+    as they are, bit for bit, and so does everything beyond a tumour's soft edge.
 
     It is jitted, and its `apply` works within other jitted functions. Rows are independent of one
     another, and of how they lie on the devices.
@@ -234,7 +233,8 @@ def make(
             image, label = (jax.lax.with_sharding_constraint(a, volumes) for a in (image, label))
         return image, label
 
-    return Transform(jax.jit(add_tumors, compiler_options=compiler_options()), weights)
+    # Without compiler options, which only the step that it becomes part of may have.
+    return Transform(jax.jit(add_tumors), weights)
 
 
 # ---------------------------------------------------------------------------- what is set once

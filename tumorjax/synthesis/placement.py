@@ -4,7 +4,8 @@ DiffTumor's conventions: the centre lies in the organ, first in the middle 40 % 
 wider; in the liver not at its very border; large tumours of organs other than liver and kidney sit
 at the organ's middle; the mask is cut to the organ, except that half of the medium and large
 kidney tumours may stick out of it. What is ours: a tumour that the organ cuts below its size's
-group is refused and another place is tried, and so is one that leaves less than 40 % of the organ;
+group is refused and another place is tried, and so is one that leaves less than 40 % of the organ
+or has less than 40 % of itself in it;
 what sticks out replaces only soft tissue and fat; nothing of a solid organ's tumour lies in air,
 where an organ's mask may reach beyond the body; tumours of hollow organs have their centre in the
 wall or in what it holds, not in gas. On request tumours keep away from the organ's border, or touch
@@ -34,6 +35,8 @@ _ATTEMPTS = 16
 _SAME_SHAPE = 4
 # A tumour may take this much of its organ's voxels.
 _MOST_OF_ORGAN = 0.6
+# Of a tumour that sticks out of its organ at least this part lies in it.
+_LEAST_INSIDE = 0.4
 # Between two tumours stays this much, so that they are two in the mask as well.
 _GAP_MM = 3.0
 # A tumour asked for in mm keeps at least this part of its radius when the organ cuts it.
@@ -159,9 +162,11 @@ def place(
         )
         if placed is None or (position == "border" and not _touches(placed, organ_mask)):
             continue
-        kept, inside = placed.radius_mm, organ_mask[placed.box] & placed.mask
+        kept, inside = placed.radius_mm, np.count_nonzero(organ_mask[placed.box] & placed.mask)
+        if inside < _LEAST_INSIDE * np.count_nonzero(placed.mask):
+            continue
         best = max(best, kept)
-        if kept >= lowest and np.count_nonzero(inside) <= _MOST_OF_ORGAN * voxels:
+        if kept >= lowest and inside <= _MOST_OF_ORGAN * voxels:
             return placed
     text = size if isinstance(size, str) else f"{size:g} mm"
     where_ = {

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from tumorjax.metrics.lesion_sizes import longest_inplane, sphere_radius
 

@@ -15,10 +15,8 @@ from tumorjax.data.cohort import Implant
 from tumorjax.errors import CaseError, UserError
 from tumorjax.synthesis import shapes
 from tumorjax.synthesis.implant import implant_in_one
+from tumorjax.synthesis.placement import check_position
 from tumorjax.synthesis.synthesizers import Synthesizer, check_grid, from_settings
-
-# Labels that lie inside an organ and hide it in a label map: to tumours they are the organ.
-INSIDE = {"liver": ("hepatic_vessel",)}
 
 
 def make_store(
@@ -40,8 +38,9 @@ def make_store(
         real: the store with the healthy cases.
         out_url: the store to write; it gets the settings of `real`.
         implants: the plan.
-        settings: see `synthesizers.from_settings`; and `workers` (threads, default one a core, at
-            most 8; each holds a few copies of a scan).
+        settings: see `synthesizers.from_settings`; `position` and `margin_mm` (see
+            `placement.place`); and `workers` (threads, default one a core, at most 8; each holds a
+            few copies of a scan).
         progress: called with (implants done, implants in all) after each.
 
     Returns:
@@ -55,7 +54,9 @@ def make_store(
         CaseError: a case of the plan is not in `real`.
     """
     made_by = _synthesizers(real, implants, settings)
-    requests = [_request(real, implant, made_by[implant.tumor]) for implant in implants]
+    where = {name: settings[name] for name in ("position", "margin_mm") if settings.get(name)}
+    check_position(where.get("position", "anywhere"), where.get("margin_mm", 3.0))
+    requests = [_request(real, implant, made_by[implant.tumor], where) for implant in implants]
     names = [implant.name for implant in implants]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -78,7 +79,7 @@ def make_store(
     with ThreadPoolExecutor(workers) as pool:
         futures = {
             pool.submit(
-                _make_case, real, out_url, implant_, request, made_by[implant_.tumor]
+                _make_case, real, out_url, implant_, request, made_by[implant_.tumor], where
             ): implant_
             for implant_, request in todo
         }
@@ -117,7 +118,9 @@ def _synthesizers(
     return made_by
 
 
-def _request(real: volumes.Store, plan: Implant, made_by: Synthesizer) -> dict[str, Any]:
+def _request(
+    real: volumes.Store, plan: Implant, made_by: Synthesizer, where: Mapping[str, Any]
+) -> dict[str, Any]:
     """What a synthetic case is made from, as its record keeps it; checks the plan."""
     if plan.size not in shapes.SIZES:
         raise UserError(
@@ -133,6 +136,7 @@ def _request(real: volumes.Store, plan: Implant, made_by: Synthesizer) -> dict[s
         "synthesizer": made_by.name,
         "prior": shapes.prior_used(made_by.organ, made_by.prior),
         **made_by.record,
+        **where,
         "source_checksum": {kind: checksum[kind] for kind in ("image", "label")},
     }
 
@@ -148,6 +152,7 @@ def _make_case(
     plan: Implant,
     request: Mapping[str, Any],
     synthesizer: Synthesizer,
+    where: Mapping[str, Any],
 ) -> None:
     """Makes and writes one synthetic case."""
     record = real.record(plan.case)
@@ -157,7 +162,7 @@ def _make_case(
     spacing = tuple(record["spacing"])
     is_tumor = label > max(anatomy.ORGANS.values())
     organ = anatomy.HOST[plan.tumor]
-    within = [anatomy.LABELS[name] for name in INSIDE.get(organ, ())]
+    within = [anatomy.LABELS[name] for name in anatomy.INSIDE.get(organ, ())]
     parts = [
         np.isin(label, [anatomy.LABELS[name], *within]) for name in anatomy.organ_labels(organ)
     ]
@@ -174,6 +179,7 @@ def _make_case(
                 exclude=is_tumor,
                 blocked=label > 0,
                 case=plan.case,
+                **where,
             )
             break
         except CaseError as error:

@@ -220,7 +220,7 @@ def train_segmenter(
     clock: Clock,
     progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None,
     transform: Transform | None = None,
-    hosts: Collection[str] = (),
+    hosts: Collection[int] = (),
 ) -> jax.tree_util.Partial:
     """Trains a network on the given scans, or goes on where that was stopped.
 
@@ -233,7 +233,7 @@ def train_segmenter(
         clock: gets the phases "load" and "train".
         progress: called with each row of the training curve.
         transform: changes crops of `hosts` on the device, see `make_segmenter`.
-        hosts: cases whose crops it may change.
+        hosts: positions in `sources` of the scans whose crops it may change.
 
     Returns:
         apply(x [b, x, y, z, 1]) -> logits, as `checkpoints.load_model` gives it.
