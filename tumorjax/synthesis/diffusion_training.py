@@ -40,7 +40,7 @@ from tumorjax.synthesis.trained_autoencoder import TrainedAutoencoder
 from tumorjax.training import loop, schedules
 from tumorjax.volumes import Store
 
-SECTIONS = ("job", "seed", "data", "preparation", "model", "diffusion", "training", "quality")
+SECTIONS = ("job", "seed", "data", "preparation", "model", "diffusion", "training")
 
 
 class Trainer(NamedTuple):
@@ -238,14 +238,14 @@ def optimizer(training: ConfigDict) -> optax.GradientTransformation:
     """Returns Adam, after clipping of the gradient's norm; it steps every `accumulation` batches.
 
     Args:
-        training: learning_rate, schedule, clip, accumulation.
+        training: learning_rate, schedule, clip (0: none), accumulation.
     """
     # The schedule counts batches, Adam's own counter the steps that it makes.
     every = int(training.accumulation)
     rate = learning_rate(training)
-    adam = optax.chain(
-        optax.clip_by_global_norm(training.clip), optax.adam(lambda count: rate(count * every))
-    )
+    adam = optax.adam(lambda count: rate(count * every))
+    if training.clip:
+        adam = optax.chain(optax.clip_by_global_norm(training.clip), adam)
     if every == 1:
         return adam
     multiple = optax.MultiSteps(adam, every)
@@ -292,16 +292,28 @@ def run(config: ConfigDict, workdir: Path) -> int:
     state, denoise = train(config, seen, organs, autoencoder, workdir, mesh, clock=clock)
     with clock("quality"):
         if jax.process_index() == 0 and held_out:
-            generate = trained_diffusion.make_generate(
-                config.diffusion,
-                jax.tree_util.Partial(denoise, state["ema"]),
-                autoencoder.encode,
-                autoencoder.decode,
-                autoencoder.latent_channels,
-            )
+            options = convolution.compiler_options()
+            parts = [
+                jax.tree_util.Partial(jax.jit(part.func, compiler_options=options), *part.args)
+                for part in (
+                    jax.tree_util.Partial(denoise, state["ema"]),
+                    autoencoder.encode,
+                    autoencoder.decode,
+                )
+            ]
+
+            def make(steps: int | None) -> jax.tree_util.Partial:
+                return trained_diffusion.make_generate(
+                    config.diffusion,
+                    *parts,
+                    autoencoder.latent_channels,
+                    sampler=_sampler(config.diffusion, steps),
+                    steps=steps,
+                )
+
             diffusion_quality.write(
                 workdir,
-                generate,
+                make,
                 lesion_crops.find_lesions(held_out),
                 organs,
                 config,
@@ -314,6 +326,12 @@ def run(config: ConfigDict, workdir: Path) -> int:
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
     print(f"{workdir}: trained {config.training.steps} steps ({seconds})")
     return 1 if rejected else 0
+
+
+def _sampler(settings: ConfigDict, steps: int | None) -> str:
+    """Returns the sampler for a number of steps: ancestral sampling has but one."""
+    own = settings.sampler == "ancestral" and steps not in (None, settings.timesteps)
+    return "ddim" if own else settings.sampler
 
 
 def train(
