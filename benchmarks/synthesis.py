@@ -41,6 +41,7 @@ from benchmarks import synthesis_steps as steps
 from benchmarks.untrained import (
     NETWORKS,
     RADIUS_MM,
+    SIZE,
     SPACING,
     WINDOW,
     Row,
@@ -57,7 +58,7 @@ REPEATS = {"sampler": 3, "training": 2, "paper": 2}
 # ---------------------------------------------------------------------------- one tumour
 
 
-def ours(name: str) -> Row:
+def ours(name: str, size: int = SIZE, radius: float = RADIUS_MM) -> Row:
     """Returns the row of the synthesizer "diffusion" with some of `NETWORKS`."""
     import jax
     import jax.numpy as jnp
@@ -66,8 +67,8 @@ def ours(name: str) -> Row:
     from tumorjax.synthesis import diffusion, diffusion_render
     from tumorjax.synthesis.latent_unet import Inputs
 
-    trained = untrained_diffusion(*NETWORKS[name])
-    image, organ, tumor = scene()
+    trained = untrained_diffusion(*NETWORKS[name], size)
+    image, organ, tumor = scene(size, radius)
     draws = iter(range(1_000_000))
 
     def run() -> np.ndarray:
@@ -81,14 +82,16 @@ def ours(name: str) -> Row:
     pair = jnp.asarray(np.stack([image, image])[..., None] / 250.0)
     jit = functools.partial(jax.jit, compiler_options=compiler_options())
     call = jit(lambda function, *arguments: function(*arguments))
-    latent = jnp.asarray(np.random.default_rng(0).standard_normal((1, 24, 24, 24, 8), np.float32))
+    latent = jnp.asarray(
+        np.random.default_rng(0).standard_normal((1, *[size // 4] * 3, 8), np.float32)
+    )
     told = Inputs(
         latent,
         diffusion.network_time(settings.objective, jnp.ones(1)),
         latent,
         jnp.asarray(tumor, jnp.float32)[None],
         jnp.zeros(1, jnp.int32),
-        jnp.full(1, RADIUS_MM),
+        jnp.full(1, radius),
         jnp.ones(1, bool),
     )
     parts = {

@@ -1,6 +1,5 @@
 """The rows of benchmarks.synthesis that are training steps."""
 
-
 import numpy as np
 
 from benchmarks.untrained import (

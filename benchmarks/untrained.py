@@ -11,14 +11,11 @@ WINDOW = (-175.0, 250.0)
 ORGANS = ("liver", "pancreas", "kidney")
 CODES = 16_384
 
-NETWORKS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "tumorjax": ("small", {"name": "latent_unet", "preset": "small"}, {"steps": 4}),
-    "tumorjax-large": ("small", {"name": "latent_unet", "preset": "large"}, {"steps": 4}),
-    "tumorjax-difftumor": (
-        "difftumor",
-        {"name": "video_unet"},
-        {"objective": "noise", "timesteps": 4, "sampler": "ancestral", "steps": 4, "clip": 1.0},
-    ),
+# Preset of the autoencoder, variant of configs/diffusion.py, and what differs from its model.
+NETWORKS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "tumorjax": ("small", "virtual", {}),
+    "tumorjax-large": ("small", "virtual", {"preset": "large"}),
+    "tumorjax-difftumor": ("difftumor", "paper", {}),
 }
 
 
@@ -36,12 +33,12 @@ class Row(NamedTuple):
     stages: dict[str, tuple[int, Callable[[], Any]]]
 
 
-def scene(size: int = SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scene(size: int = SIZE, radius: float = RADIUS_MM) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns a noisy crop [x, y, z] in HU, the mask of its organ and that of a tumour to be."""
     noise = np.random.default_rng(0).standard_normal((size,) * 3, np.float32)
     distance = np.linalg.norm(np.indices((size,) * 3) - size / 2, axis=0)
-    organ = distance < 40
-    return np.where(organ, 110, -100) + 20 * noise, organ, distance <= RADIUS_MM
+    organ = distance < 4 * radius
+    return np.where(organ, 110, -100).astype(np.float32) + 20 * noise, organ, distance <= radius
 
 
 def untrained_autoencoder(preset: str):
@@ -69,23 +66,21 @@ def untrained_autoencoder(preset: str):
     return encode, decode, channels
 
 
-def untrained_diffusion(autoencoder: str, denoiser: dict[str, str], sampling: dict[str, Any]):
+def untrained_diffusion(autoencoder: str, variant: str, model: dict[str, str], size: int = SIZE):
     """Returns a synthesizer with random weights, as trained_diffusion.load would."""
     from jax.tree_util import Partial
 
     from configs import diffusion
     from tumorjax.synthesis import denoisers, trained_diffusion
 
-    config = diffusion.get_config()
-    config.diffusion.update(sampling)
+    config = diffusion.get_config(variant)
+    config.model.update(model)
     config.preparation.spacing = SPACING
     encode, decode, channels = untrained_autoencoder(autoencoder)
-    apply, weights = denoisers.functional(
-        {"dtype": config.model.dtype} | denoiser, channels, len(ORGANS)
-    )
+    apply, weights = denoisers.functional(config.model, channels, len(ORGANS))
     generate = trained_diffusion.make_generate(
         config.diffusion, Partial(apply, weights), encode, decode, channels
     )
     return trained_diffusion.TrainedDiffusion(
-        generate, ORGANS, SPACING, WINDOW, (SIZE,) * 3, {}, config
+        generate, ORGANS, SPACING, WINDOW, (size,) * 3, {}, config
     )

@@ -148,3 +148,15 @@ def test_blending_keeps_what_is_far_from_the_mask_and_replaces_what_is_deep_in_i
     assert torch.equal(blended[..., 33:], image[..., 33:])
     assert not torch.equal(blended[..., 30, 14, 14], image[..., 30, 14, 14])
     torch.testing.assert_close(blended[..., 14, 14, 14], drawn[..., 14, 14, 14], atol=1e-5, rtol=0)
+
+
+def test_it_has_as_many_parameters_as_the_networks_that_the_project_calls_difftumors():
+    from tumorjax.synthesis import autoencoder, denoisers
+
+    model = autoencoder.create(preset="difftumor")
+    for name, network in (("encoder", peer.encoder()), ("decoder", peer.decoder())):
+        sizes = [v.size for k, v in model.parameters.items() if k.startswith(f"{name}.")]
+        assert sum(sizes) == count(network)
+    settings = {"name": "video_unet", "preset": "difftumor"}
+    _, shapes = denoisers.abstract(settings, latent_channels=8, organs=1)
+    assert sum(math.prod(shape.shape) for shape in shapes.values()) == count(peer.VideoUNet())
