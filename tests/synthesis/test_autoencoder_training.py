@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs.autoencoder import get_config
+from configs.segmentation import get_config as segmentation_config
 from tumorjax import parallel
 from tumorjax.clock import Clock
 from tumorjax.errors import UserError
@@ -15,8 +16,9 @@ from tumorjax.synthesis import autoencoder_training, discriminators
 from tumorjax.synthesis.autoencoder_step import make_trainer
 from tumorjax.synthesis.autoencoder_training import run, split_patients, train
 from tumorjax.synthesis.trained_autoencoder import load
+from tumorjax.training import segmenter
 from tumorjax.training.checkpoints import open_manager
-from tumorjax.volumes import open_store, write_case
+from tumorjax.volumes import create_store, open_store, write_case
 
 SPACING = (4.0, 4.0, 4.0)
 WINDOW = [-175.0, 250.0]
@@ -215,7 +217,7 @@ def test_a_loss_that_is_no_number_ends_the_training(store, tmp_path):
         ({"training.kl": -1.0}, "training.kl"),
         ({"training.optimizer": "lion"}, "adam"),
         ({"training.schedule": "never"}, "drops"),
-        ({"training.perceptual": "nowhere"}, r"no config\.json"),
+        ({"training.perceptual": "nowhere"}, "has seen is not known"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_trained(store, tmp_path, change, message):
@@ -229,13 +231,43 @@ def test_bad_input_is_told_before_anything_is_trained(store, tmp_path, change, m
 
 
 def test_a_store_without_scans_is_told(tmp_path):
-    from tumorjax.volumes import create_store
-
     create_store(tmp_path / "empty", {"spacing": list(SPACING), "window": WINDOW})
     config = _config()
     config.data.store = str(tmp_path / "empty")
     with pytest.raises(UserError, match="no scans"):
         run(config, tmp_path / "job")
+
+
+def test_scans_of_an_earlier_run_are_not_forgotten(store, tmp_path, rng):
+    config = _config(steps=2)
+    config.data.store, config.data.held_out = str(store.url), 0.0
+    run(config, tmp_path / "job")
+    image = rng.random((16, 16, 16), np.float32)
+    settings = {"spacing": list(SPACING), "window": WINDOW}
+    label = np.zeros(image.shape, np.uint8)
+    write_case(tmp_path / "new", "e", image, label, SPACING, {"patient": "patient_e"}, settings)
+    config.data.store, config.training.steps = str(tmp_path / "new"), 4
+    run(config, tmp_path / "job")
+    seen = load(tmp_path / "job").trained_on["patients"]
+    assert seen == [f"patient_{name}" for name in "abcde"]
+
+
+def test_scans_of_the_perceptual_network_count_as_seen(store, tmp_path, rng):
+    network = segmentation_config()
+    network.model.widths, network.model.blocks = (4, 8), (1, 1)
+    network.training.patch_size, network.training.batch_size = (8, 8, 8), 2
+    network.training.steps = 1
+    (tmp_path / "network").mkdir()
+    mesh = parallel.make_mesh({"data": 1}, jax.devices()[:1])
+    segmenter.train_segmenter(network, [(store, "a")], tmp_path / "network", mesh, clock=Clock())
+    config = _config(steps=2, perceptual=str(tmp_path / "network"))
+    folder = tmp_path / "job"
+    state = _train(config, store, folder)
+    assert np.isfinite(state["parameters"]["decoder.head.conv.kernel"]).all()
+    assert float(read_csv(folder / "metrics.csv")[0]["perceptual"]) > 0
+    sources = [(store, "b")]
+    record = autoencoder_training._trained_on(config, sources, tmp_path / "other")
+    assert record["patients"] == ["patient_a", "patient_b"]
 
 
 def test_unfinished_folders_do_not_load(tmp_path):

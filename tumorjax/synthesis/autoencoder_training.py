@@ -68,13 +68,13 @@ def run(config: ConfigDict, workdir: Path) -> int:
         raise UserError(f"{store.url}: no scans to train on. Prepare some")
     sources = [(store, case) for case in store.cases]
     training_sources, held_out = split_patients(sources, config.data.held_out, config.seed)
-    trained_on = _trained_on(config, training_sources)
-    wanted = section(config) | {"images": trained_on["images"]}
+    wanted = section(config) | {"images": leakage.record_of(training_sources)["images"]}
     done = workdir / "done.json"
     if done.is_file() and json.loads(done.read_text()) == wanted:
         print(f"{workdir}: already finished")
         return 1 if rejected else 0
     mesh = parallel.make_mesh(config.mesh)
+    trained_on = _trained_on(config, training_sources, workdir)
     if jax.process_index() == 0:
         done.unlink(missing_ok=True)
         write_json_atomic(workdir / "trained_on.json", trained_on)
@@ -242,17 +242,24 @@ def _evaluate(
     return quality
 
 
-def _trained_on(config: ConfigDict, sources: Sources) -> dict[str, Any]:
-    """Returns which scans the weights come from, those of the perceptual network among them."""
-    record = leakage.record_of(sources)
-    folder = config.training.perceptual
-    if not folder:
-        return record
-    try:
-        other = json.loads((Path(folder) / "trained_on.json").read_text())
-    except FileNotFoundError:
-        return record | {"unrecorded": ["perceptual"]}
-    return leakage.union([record, other])
+def _trained_on(config: ConfigDict, sources: Sources, workdir: Path) -> dict[str, Any]:
+    """Returns which scans the weights come from.
+
+    Also those of the perceptual network, and those of an earlier run that this one goes on from.
+    """
+    records = [leakage.record_of(sources)]
+    if config.training.perceptual:
+        path = Path(config.training.perceptual) / "trained_on.json"
+        if not path.is_file():
+            raise UserError(
+                f"{path}: missing (training.perceptual), so which patients that network has seen is"
+                " not known. Train it anew"
+            )
+        records.append(json.loads(path.read_text()))
+    path = workdir / "trained_on.json"
+    if path.is_file() and checkpoints.has_any(workdir):
+        records.append(json.loads(path.read_text()))
+    return records[0] if len(records) == 1 else leakage.union(records)
 
 
 def _on_host(tree: Any) -> Any:

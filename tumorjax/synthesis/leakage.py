@@ -1,39 +1,11 @@
-"""Which patients a synthesizer has seen, and whether a study's test patients are among them."""
+"""Whether a synthesizer has seen a study's test patients."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from tumorjax.volumes import Store
+from tumorjax.data.seen import record_of, union
 
-
-def record_of(sources: Sequence[tuple[Store, str]]) -> dict[str, Any]:
-    """Returns what is kept of the scans that a network was trained on, for trained_on.json.
-
-    Args:
-        sources: (store, case) of each training scan.
-
-    Returns:
-        patients: sorted ids; images: sorted SHA-256 of the stored images, which find a scan again
-        under another patient's name; scans: their number.
-    """
-    records = [store.record(case) for store, case in sources]
-    return {
-        "patients": sorted({str(record["patient"]) for record in records}),
-        "images": sorted({str(record["checksum"]["image"]) for record in records}),
-        "scans": len(records),
-    }
-
-
-def union(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the record of a synthesizer whose parts were trained on the scans of `records`.
-
-    Args:
-        records: of `record_of`. A scan that several parts have seen counts once.
-    """
-    records = list(records)
-    patients = sorted({patient for record in records for patient in record["patients"]})
-    images = sorted({image for record in records for image in record["images"]})
-    return {"patients": patients, "images": images, "scans": len(images)}
+__all__ = ["overlap", "record_of", "union"]
 
 
 def overlap(trained_on: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> list[str]:

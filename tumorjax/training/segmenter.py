@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tumorjax import models, parallel
 from tumorjax.anatomy import mirror_table
 from tumorjax.clock import Clock
-from tumorjax.data import augmentation, crops
+from tumorjax.data import augmentation, crops, seen
 from tumorjax.errors import UserError
 from tumorjax.files import write_json_atomic
 from tumorjax.models import convolution
@@ -228,7 +228,7 @@ def train_segmenter(
         config: with the sections of `SECTIONS`; config.seed decides weights, crops and
             augmentation.
         sources: (store, case) of each training scan.
-        folder: gets config.json, checkpoints/ and metrics.csv.
+        folder: gets config.json, trained_on.json, checkpoints/ and metrics.csv.
         mesh: of the devices to train on.
         clock: gets the phases "load" and "train".
         progress: called with each row of the training curve.
@@ -246,6 +246,7 @@ def train_segmenter(
         )
     if jax.process_index() == 0:
         write_json_atomic(folder / "config.json", section(config))
+        write_json_atomic(folder / "trained_on.json", seen.record_of(sources))
     segmenter = make_segmenter(config, mesh, transform)
     state = segmenter.init(config.seed)
     if training.get("start_from") and not checkpoints.has_any(folder):
