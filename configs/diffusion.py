@@ -4,10 +4,10 @@
         --config.autoencoder=runs/autoencoder --config.data.store=runs/autoencoder/store
 
 Variants: virtual (default: the built-in cohort's pool of patients, minutes on 2 cores), paper
-(DiffTumor's recipe). One model learns the tumours of all organs that the store has. WORKDIR is then
-a `checkpoint` of the synthesizer "diffusion". It has a copy of the autoencoder; trained_on.json (who
-was seen); quality.json, quality.png and few_steps.png (real against generated tumours of held-out
-patients, and what sampling in few steps costs).
+(DiffTumor's recipe). One model learns the tumours of all organs that the store has. WORKDIR is
+then a `checkpoint` of the synthesizer "diffusion". It has a copy of the autoencoder;
+trained_on.json (who was seen); quality.json, quality.png and few_steps.png (real against generated
+tumours of held-out patients, and what sampling in few steps costs).
 """
 
 from ml_collections import ConfigDict
@@ -86,6 +86,7 @@ def _paper(config: ConfigDict) -> None:
     and diffusion.steps=50. DiffTumor trains a model for each organ (data.organs) and stage; this
     one learns all of them, and with model.told=True it is told which.
     """
+    config.data.source = "abdomen_atlas"  # or another one with annotated tumours
     config.model = ConfigDict()
     config.model.name = "video_unet"
     config.model.preset = "difftumor"
