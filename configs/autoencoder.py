@@ -34,14 +34,13 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     # The pool: the default study's scanners and tumours, of all three organs, in patients that no
     # study has: those of another seed.
-    study = scaling.get_config()
-    config.virtual = ConfigDict(study.virtual)
+    config.virtual = scaling.virtual_cohort()
     config.virtual.seed = 1000
     config.virtual.tumors = ("liver_lesion", "pancreatic_lesion", "kidney_lesion")
     config.virtual.patients_per_site = 40
     config.virtual.ood_patients_per_site = 0
 
-    config.preparation = ConfigDict(study.preparation)  # what -1 and 1 are, and the grid
+    config.preparation = scaling.preparation()  # the window's ends become -1 and 1
 
     config.model = ConfigDict()
     config.model.preset = "small"  # or "difftumor"; the other settings take the place of a preset's

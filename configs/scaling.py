@@ -37,27 +37,8 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.data.root = ""  # the scans' folder; empty for virtual: WORKDIR/scans
     config.data.labels = ConfigDict()  # names of labels, as in configs/preparation.py
 
-    # The built-in cohort; data_prep/virtual_abdomen.py says what each setting does. A study of
-    # minutes can learn one kind of tumour, the largest one, with more contrast and less noise than
-    # real ones have. Much more contrast is no help: beyond 2 such tumours look like fat.
-    config.virtual = ConfigDict(
-        {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in virtual_abdomen.default_settings().items()
-        }
-    )
-    config.virtual.tumors = ("kidney_lesion",)
-    config.virtual.patients_per_site = 14
-    config.virtual.ood_patients_per_site = 6
-    config.virtual.contrast = 1.6
-    config.virtual.noise = 0.6
-    config.virtual.variation = 0.6
-    config.virtual.distractors = 0.5
-
-    config.preparation = ConfigDict()
-    config.preparation.spacing = (4.0, 4.0, 4.0)  # mm
-    config.preparation.window = (-175.0, 250.0)  # HU that become 0 and 1
-    config.preparation.order = 1  # of the image's interpolation: 1 linear, 3 cubic
+    config.virtual = virtual_cohort()
+    config.preparation = preparation()
 
     config.cohort = ConfigDict()
     config.cohort.ood_sites = tuple(config.virtual.ood_sites)  # never trained on
@@ -89,6 +70,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.synthesis.sampler = placeholder(str)  # those of its training where none is given
     config.synthesis.steps = placeholder(int)
     config.synthesis.guidance = placeholder(float)
+    config.synthesis.networks = _networks("virtual")  # what cells train, see configs/diffusion.py
 
     config.model = ConfigDict()
     config.model.name = "resenc_unet"  # or another of tumorjax.models.NETWORKS
@@ -161,6 +143,54 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     return config
 
 
+def virtual_cohort() -> ConfigDict:
+    """Returns the built-in cohort; data_prep/virtual_abdomen.py says what each setting does.
+
+    A study of minutes can learn one kind of tumour, the largest one, with more contrast and less
+    noise than real ones have. Much more contrast is no help: beyond 2 such tumours look like fat.
+    """
+    virtual = ConfigDict(
+        {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in virtual_abdomen.default_settings().items()
+        }
+    )
+    virtual.tumors = ("kidney_lesion",)
+    virtual.patients_per_site = 14
+    virtual.ood_patients_per_site = 6
+    virtual.contrast = 1.6
+    virtual.noise = 0.6
+    virtual.variation = 0.6
+    virtual.distractors = 0.5
+    return virtual
+
+
+def preparation() -> ConfigDict:
+    """Returns how scans of the built-in cohort are prepared."""
+    return ConfigDict(
+        {
+            "spacing": (4.0, 4.0, 4.0),  # mm
+            "window": (-175.0, 250.0),  # HU that become 0 and 1
+            "order": 1,  # of the image's interpolation: 1 linear, 3 cubic
+        }
+    )
+
+
+def _networks(variant: str) -> ConfigDict:
+    """Returns how a cell trains a synthesizer of its own: sections of the two jobs' configs."""
+    from configs import autoencoder, diffusion
+
+    first, second = autoencoder.get_config(variant), diffusion.get_config(variant)
+    return ConfigDict(
+        {
+            "autoencoder": {name: first[name] for name in ("model", "training", "evaluation")},
+            "diffusion": {
+                name: second[name] for name in ("model", "diffusion", "training", "quality")
+            },
+        }
+    )
+
+
 def _three_organs(config: ConfigDict) -> None:
     config.task.classes = ConfigDict(
         {
@@ -199,6 +229,7 @@ def _paper(config: ConfigDict) -> None:
     config.cohort.id_test = 0.1
     config.cohort.annotated = "all"
     _three_organs(config)
+    config.synthesis.networks = _networks("paper")
     config.grid.n_real = (60, 120, 278, 435, 750, 1125, 1500, 3159)
     config.grid.seeds = (0,)
     config.model = ConfigDict(

@@ -35,7 +35,7 @@ def config_of(tmp_path, path, **changes):
 @pytest.mark.parametrize("organ", ["liver", "kidney"])
 def test_tumours_lie_in_the_organ_that_the_network_finds(tmp_path, network, scan, organ):
     path, labels = scan
-    config = config_of(tmp_path, path, organ=organ, size="6")
+    config = config_of(tmp_path, path, organ=organ, size="4")
     assert organs.run(config, tmp_path / "work") == 0
     mask = nib.load(tmp_path / "out" / "scan" / "segmentations" / f"{organ}_lesion.nii.gz")
     tumor = np.asanyarray(mask.dataobj) > 0
@@ -50,6 +50,6 @@ def test_tumours_lie_in_the_organ_that_the_network_finds(tmp_path, network, scan
 def test_a_network_without_the_organ_is_refused(tmp_path, network, scan):
     with pytest.raises(UserError, match=r"finds no pancreas: it tells apart kidney_left"):
         organs.run(config_of(tmp_path, scan[0], organ="pancreas"), tmp_path / "work")
+    config = config_of(tmp_path, scan[0], masks=str(scan[0]))
     with pytest.raises(UserError, match="both given"):
-        config = config_of(tmp_path, scan[0], masks=str(scan[0]))
         organs.run(config, tmp_path / "work")

@@ -144,6 +144,31 @@ def test_tumours_can_be_made_while_it_trains(finished, tmp_path):
     assert curves[0] != curves[1]
 
 
+def test_cells_can_train_their_own_synthesizer(finished, tmp_path):
+    changes = {"data.store": str(finished / "store"), "grid.n_real": (1,)}
+    changes |= {"synthesis.synthesizer": "diffusion", "synthesis.trained_on": "cell"}
+    config = small_config(**changes | {"grid.arms": ("real+synthetic",)})
+    networks = config.synthesis.networks
+    networks.autoencoder.model.widths = (8, 8)
+    networks.autoencoder.evaluation.batches = 1
+    networks.diffusion.model.widths = (8, 16)
+    networks.diffusion.training.crop = (16, 16, 16)
+    networks.autoencoder.training.patch_size = (16, 16, 16)
+    for network in (networks.autoencoder, networks.diffusion):
+        network.training.update({"batch_size": 2, "steps": 2, "log_every": 1})
+    assert study.run(config, tmp_path) in (0, 1)
+    cell = tmp_path / "cells" / "real+synthetic-n0001-s0"
+    trained_on = json.loads((cell / "synthesizer" / "trained_on.json").read_text())
+    assert len(trained_on["patients"]) == 1
+    tested = {row["patient"] for row in read_csv(cell / "cases.csv")}
+    assert not tested & set(trained_on["patients"])
+    made = list((cell / "synthetic" / "cases").glob("*/case.json"))
+    assert made
+    assert json.loads(made[0].read_text())["synthetic"]["synthesizer"] == "diffusion"
+    assert {int(row["n_synthetic"]) for row in read_csv(tmp_path / "results.csv")} == {len(made)}
+    assert "its own annotated scans" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_the_report_says_who_drew_the_tumours(finished):
     assert json.loads((finished / "synthesis.json").read_text())["synthesizer"] == "rules"
     assert "drawn by hand-written rules" in (finished / "report" / "index.html").read_text()

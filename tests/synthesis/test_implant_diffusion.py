@@ -54,8 +54,7 @@ def test_nothing_changes_beyond_the_tumour_and_its_soft_rim(rng, make_trained, s
     assert not changed[beyond].any()
     inside = ndimage.binary_erosion(tumor) if tumor.sum() > 200 else tumor
     level = LEVEL["liver"] - 0.001 * 14 * 212.5
-    # Of 6 mm voxels none but the innermost hold no part of the surroundings.
-    assert np.mean(out[inside]) == pytest.approx(level, abs=6 if max(spacing) < 6 else 12)
+    assert np.mean(out[inside]) == pytest.approx(level, abs=6)
     assert out[tumor].max() < 250
     # The same place as every other synthesizer's: only the texture is another.
     _, by_rules = implant(jax.random.key(3), image, mask, spacing, 14.0, rule_based("liver"))
@@ -95,6 +94,24 @@ def test_the_grain_of_the_scan_stays_and_its_vessels_go(rng, make_trained, spaci
     assert np.mean(after) == pytest.approx(np.mean(before), rel=0.25)
     assert len(on_vessel) >= 2
     assert np.max(np.abs(on_vessel)) < 15
+
+
+def test_edges_are_as_sharp_as_the_scan_and_not_as_the_model(rng, make_trained):
+    # A model of 4 mm, a scan of 1 mm: the edge is blurred by 0.5 to 1.5 mm.
+    spacing = (1.0, 1.0, 1.0)
+    image, organ = scan(rng, (80, 80, 80), spacing, radius=38.0, noise=0.0)
+    grid = np.indices(image.shape) - 40
+    ball = np.sqrt((grid**2).sum(axis=0)) < 13
+    render = of(make_trained(spacing=(4.0, 4.0, 4.0), texture=0.0)).render
+    out = render(jax.random.key(0), image, organ, ball, spacing)
+    line = out[40, 40, 40:]
+    low, high = line[:6].mean(), 110.0
+    assert low == pytest.approx(13, abs=5)
+    np.testing.assert_allclose(line[:8], low, atol=4)
+    np.testing.assert_array_equal(line[19:], image[40, 40, 59:])
+    # From a tenth to nine tenths of the way within 4 mm.
+    way = (line - low) / (high - low)
+    assert np.argmax(way > 0.9) - np.argmax(way > 0.1) <= 4
 
 
 def test_values_outside_the_window_stay_outside_the_tumour(rng, make_trained):
@@ -138,12 +155,12 @@ def test_the_model_is_given_the_scan_on_its_own_grid(rng, make_trained):
         )
         return crop, crop
 
-    trained = make_trained(spacing=(4.0, 4.0, 4.0))
+    trained = make_trained(spacing=(4.0, 4.0, 4.0), organs=("kidney", "pancreas", "liver"))
     trained = trained._replace(generate=jax.tree_util.Partial(generate))
     spacing = (2.0, 2.0, 4.0)
     shape = (90, 90, 45)
     image, mask = scan(rng, shape, spacing, noise=0.0)
-    _, tumor = implant(jax.random.key(2), image, mask, spacing, 16.0, of(trained, "kidney"))
+    _, tumor = implant(jax.random.key(2), image, mask, spacing, 16.0, of(trained))
     jax.effects_barrier()
     assert given["o"].tolist() == [2]
     volume = 4 / 3 * np.pi * float(given["r"][0]) ** 3
@@ -153,7 +170,7 @@ def test_the_model_is_given_the_scan_on_its_own_grid(rng, make_trained):
     crop = given["i"][0, ..., 0]
     assert crop.max() == pytest.approx((110 - 37.5) / 212.5, abs=0.02)
     assert crop.min() == pytest.approx((-100 - 37.5) / 212.5, abs=0.02)
-    assert crop[given["h"][0] > 0].mean() == pytest.approx((110 - 37.5) / 212.5, abs=0.05)
+    assert crop[given["h"][0] > 0].mean() == pytest.approx((110 - 37.5) / 212.5, abs=0.1)
 
 
 def test_tumours_beyond_the_crop_of_the_model_are_refused(rng, make_trained):
@@ -229,7 +246,6 @@ def test_real_organs_get_tumours(make_trained, real_data):
         assert 0.75**3 <= volume / (4 / 3 * np.pi * size**3) <= 1.4
         far = ndimage.distance_transform_edt(~tumor, sampling=(3.0,) * 3) > 6
         np.testing.assert_array_equal(out[far], image[far])
-        # Most of the tumour: at the rim of a small organ there is fat in its voxels.
         assert np.median(out[tumor]) == pytest.approx(LEVEL[organ], abs=15)
 
 

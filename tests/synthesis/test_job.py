@@ -343,9 +343,10 @@ def test_labels_without_the_organ_and_one_map_for_many_are_wrong_use(tmp_path, t
         write_case(tmp_path / "many" / case, rng)
     with pytest.raises(UserError, match="one file of masks for 2 scans"):
         job.run(of_two(tmp_path, input=str(tmp_path / "many")), tmp_path / "work")
-    with pytest.raises(UserError, match="config.output is where the scans are"):
-        source = str(tmp_path / "many" / "a" / "ct.nii.gz")
-        job.run(of_two(tmp_path, input=source, output=str(tmp_path / "many")), tmp_path / "work")
+    source = str(tmp_path / "many" / "a" / "ct.nii.gz")
+    config = of_two(tmp_path, input=source, output=str(tmp_path / "many"))
+    with pytest.raises(UserError, match=r"config\.output is where the scans are"):
+        job.run(config, tmp_path / "work")
 
 
 def test_oblique_scans_keep_their_grid_and_their_values(tmp_path, rng, make_trained, monkeypatch):

@@ -30,7 +30,8 @@ def _records(store):
 
 def test_a_record_names_patients_and_images_once(store):
     record = leakage.record_of([(store, case) for case in store.cases])
-    assert record["patients"] == ["ann", "bob", "cam"]
+    assert len(set(record["patients"])) == 3
+    assert not any(name in str(record) for name in ("ann", "bob", "cam"))
     assert len(record["images"]) == 3
     assert record["scans"] == 4
 
@@ -54,5 +55,5 @@ def test_strangers_are_no_overlap(store):
 def test_the_union_has_seen_what_either_has(store):
     parts = [leakage.record_of([(store, case)]) for case in ("scan_1", "scan_3", "copy")]
     whole = leakage.union(parts)
-    assert whole["patients"] == ["ann", "bob", "cam"]
+    assert len(whole["patients"]) == 3
     assert leakage.overlap(whole, _records(store)) == sorted(store.cases)

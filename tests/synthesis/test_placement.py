@@ -88,6 +88,18 @@ def test_kidney_tumours_inside_do_not_stick_out(organ):
         assert not (tumor & ~mask).any()
 
 
+def test_of_kidney_tumours_that_stick_out_a_good_part_is_in_the_kidney(organ):
+    image, mask = organ
+    small = mask.copy()
+    small[:18], small[38:] = False, False
+    shares = []
+    for key in range(16):
+        tumor = put(key, image, small, 17.0, host="kidney")
+        shares.append((tumor & small).sum() / tumor.sum())
+    assert min(shares) >= 0.4
+    assert min(shares) < 0.9
+
+
 def test_several_do_not_overlap_and_keep_their_gap(organ):
     image, mask = organ
     taken = np.zeros_like(mask)

@@ -1,6 +1,7 @@
 """Training: the same on eight devices as on one, and the same stopped and continued as not."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,11 +45,13 @@ def _config(**training):
     return config
 
 
-def _train(config, store, folder, devices=1, **sizes):
+def _train(config, store, folder, devices=1, transform=None, hosts=(), **sizes):
     folder.mkdir(parents=True, exist_ok=True)
     mesh = parallel.make_mesh(sizes or {"data": devices}, jax.devices()[:devices])
     sources = [(store, case) for case in store.cases]
-    apply = segmenter.train_segmenter(config, sources, folder, mesh, clock=Clock())
+    apply = segmenter.train_segmenter(
+        config, sources, folder, mesh, clock=Clock(), transform=transform, hosts=hosts
+    )
     return jax.tree.map(np.asarray, apply.args[0])
 
 
@@ -86,6 +89,39 @@ def test_continued_training_ends_with_the_same_bits(store, tmp_path, monkeypatch
     for name, value in whole.items():
         np.testing.assert_array_equal(continued[name], value, err_msg=name)
     assert [row["step"] for row in read_csv(folder / "metrics.csv")] == ["1", "2", "3", "4"]
+
+
+def _noisy(weights, key, image, label, where):
+    """Adds noise of a strength to marked rows, of random numbers that depend on the row alone."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(image)))
+    noise = jax.vmap(lambda one: jax.random.normal(one, image.shape[1:]))(keys)
+    changed = image + weights["strength"] * noise
+    return jnp.where(where[:, None, None, None, None], changed, image), label
+
+
+def test_a_transform_changes_the_rows_of_its_hosts_in_each_step(store, tmp_path):
+    config = _config(optimizer="sgd")
+    plain = _train(config, store, tmp_path / "plain")
+    transform = segmenter.Transform(_noisy, {"strength": jnp.asarray(0.5)})
+    for name, hosts, same in (("none", (), True), ("one", ("b",), False)):
+        trained = _train(config, store, tmp_path / name, transform=transform, hosts=hosts)
+        apart = max(np.abs(trained[key] - value).max() for key, value in plain.items())
+        assert apart < 1e-5 if same else apart > 1e-3
+    # A transform without effect is none.
+    silent = segmenter.Transform(_noisy, {"strength": jnp.asarray(0.0)})
+    trained = _train(config, store, tmp_path / "silent", transform=silent, hosts=("a", "b"))
+    for name, value in plain.items():
+        np.testing.assert_allclose(trained[name], value, atol=1e-5, err_msg=name)
+
+
+def test_a_transform_does_on_eight_devices_what_it_does_on_one(store, tmp_path):
+    config = _config(optimizer="sgd", steps=2)
+    transform = segmenter.Transform(_noisy, {"strength": np.float32(0.5)})
+    given = {"transform": transform, "hosts": ("b",)}
+    one = _train(config, store, tmp_path / "one", **given)
+    eight = _train(config, store, tmp_path / "eight", 8, data=8, **given)
+    for name, value in one.items():
+        np.testing.assert_allclose(eight[name], value, atol=2e-4, err_msg=name)
 
 
 def test_a_checkpoint_of_another_network_is_refused(store, tmp_path):

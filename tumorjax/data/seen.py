@@ -1,5 +1,10 @@
-"""Which scans a network was trained on, as it is kept beside its weights in trained_on.json."""
+"""Which scans a network was trained on, as it is kept beside its weights in trained_on.json.
 
+Patients are kept as digests of their ids: a network may be given away, and who was in its training
+set is nobody's business but that of who has the same patient.
+"""
+
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,15 +18,20 @@ def record_of(sources: Sequence[tuple[CropSource, str]]) -> dict[str, Any]:
         sources: (store, case) of each training scan.
 
     Returns:
-        patients: sorted ids; images: sorted SHA-256 of the stored images, which find a scan again
+        patients: sorted digests of ids; images: sorted SHA-256 of the stored images, which find a scan again
         under another patient's name; scans: their number.
     """
     records = [store.record(case) for store, case in sources]
     return {
-        "patients": sorted({str(record["patient"]) for record in records}),
+        "patients": sorted({digest(record["patient"]) for record in records}),
         "images": sorted({str(record["checksum"]["image"]) for record in records}),
         "scans": len(records),
     }
+
+
+def digest(patient: object) -> str:
+    """Returns what stands for a patient's id in a record."""
+    return hashlib.sha256(f"patient {patient}".encode()).hexdigest()
 
 
 def union(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -82,29 +82,45 @@ def run(config: ConfigDict, workdir: Path) -> int:
         implants = cohort.plan_synthetic(
             split, records, synthesis.per_real * max(n_reals), synthesis, config.seed
         )
-        if not synthesis.online:
+        if not synthesis.online and source.trained_on != "cell":
             with clock("synthesize"), locked(workdir / ".synthesize.lock"):
                 url = synthesis.store or str(workdir / "synthetic")
                 rejected += make_store(store, url, implants, synthesis, progress=_bar("implant"))
                 synthetic_store = open_store(url)
 
-    def scans_of(cell: grid.Cell) -> Scans:
+    def scans_of(cell: grid.Cell, place: Mesh) -> Scans:
         real = cohort.subset(split, records, cell.n_real, cell.seed)
         scans = Scans(store, real, None, (), tests)
         if cell.arm != WITH_SYNTHETIC:
             return scans
         mine = implants[: synthesis.per_real * cell.n_real]
-        if synthetic_store is None:
+        if synthesis.online:
             return replace(scans, hosts=[implant.case for implant in mine])
-        made = set(synthetic_store.cases)
-        names = [implant.name for implant in mine if implant.name in made]
-        return replace(scans, synthetic_store=synthetic_store, synthetic=names)
+        made = synthetic_store
+        if made is None:
+            settings = ConfigDict(config.to_dict() | {"seed": cell.seed})
+            tested = {case: records[case] for _, case in tests}
+            made, set_aside = synthetic_arm.of_cell(
+                settings, mine, store, real, tested, folders[cell], place, clock
+            )
+            rejected.extend(set_aside)
+        there = set(made.cases)
+        names = [implant.name for implant in mine if implant.name in there]
+        return replace(scans, synthetic_store=made, synthetic=names)
 
     progress = _Progress(cells, lambda cell: is_done(folders[cell]))
 
     def work(cell: grid.Cell, place: Mesh) -> None:
         folders[cell].mkdir(parents=True, exist_ok=True)
-        run_cell(cell, config, scans_of(cell), folders[cell], place, clock, progress.training(cell))
+        run_cell(
+            cell,
+            config,
+            scans_of(cell, place),
+            folders[cell],
+            place,
+            clock,
+            progress.training(cell),
+        )
         progress.done(cell, json.loads((folders[cell] / "results.json").read_text()))
 
     failed = grid.share(

@@ -7,14 +7,29 @@ does), or every cell trains one on its own annotated scans ("cell"), so that the
 the same annotations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tumorjax import anatomy
+from tumorjax.clock import Clock
+from tumorjax.data.cohort import Implant
 from tumorjax.errors import UserError
-from tumorjax.synthesis import leakage, synthesizers, trained_diffusion
+from tumorjax.settings import plain
+from tumorjax.synthesis import (
+    autoencoder_training,
+    diffusion_training,
+    leakage,
+    lesion_crops,
+    synthesizers,
+    trained_autoencoder,
+    trained_diffusion,
+)
+from tumorjax.synthesis.store import make_store
+from tumorjax.volumes import Store, open_store
 
 TRAINED_ON = ("pool", "cell")
 Records = Mapping[str, Mapping[str, Any]]
@@ -107,6 +122,65 @@ def refuse_seen(trained_on: Mapping[str, Any], tests: Records, name: str | Path)
         )
 
 
+def of_cell(
+    config: ConfigDict,
+    implants: Sequence[Implant],
+    store: Store,
+    real: Sequence[str],
+    tests: Records,
+    folder: Path,
+    mesh: Mesh,
+    clock: Clock,
+) -> tuple[Store, list[dict[str, Any]]]:
+    """Trains a synthesizer on a cell's annotated scans and makes the cell's synthetic scans by it.
+
+    What is there of an earlier run is gone on from.
+
+    Args:
+        config: of the study, with the cell's seed.
+        implants: the cell's part of the plan.
+        store: of the scans.
+        real: the cell's annotated scans.
+        tests: case -> the store's record, of all test scans.
+        folder: the cell's; gets synthesizer/ and synthetic/.
+        mesh: of the devices.
+        clock: gets the phases load, train and synthesize.
+
+    Returns:
+        The store of the synthetic scans, and the implants that were set aside.
+
+    Raises:
+        UserError: the scans have no tumour, or training failed.
+    """
+    own, settings = folder / "synthesizer", config.synthesis
+    sources = [(store, case) for case in real]
+    # All scans are trained on: with one or three there is none to hold out.
+    shared = {"seed": config.seed, "preparation": config.preparation, "data": {"held_out": 0.0}}
+    shared |= {"mesh": config.mesh}
+    first = ConfigDict(shared | dict(settings.networks.autoencoder) | {"job": "autoencoder"})
+    autoencoder_training.fit(first, sources, [], own / "autoencoder", mesh, clock=clock)
+    autoencoder = trained_autoencoder.load(own / "autoencoder")
+    organs = lesion_crops.organs_of(lesion_crops.find_lesions(sources))
+    second = ConfigDict(shared | dict(settings.networks.diffusion) | {"job": "diffusion"})
+    diffusion_training.fit(second, sources, [], organs, autoencoder, own, mesh, clock=clock)
+    refuse_seen(trained_diffusion.load(own).trained_on, tests, own)
+    known = [implant for implant in implants if anatomy.HOST[implant.tumor] in organs]
+    rejected: list[dict[str, Any]] = [
+        {
+            "case": implant.name,
+            "stage": "synthesis",
+            "reason": f"{folder.name}: none of its annotated scans has a {implant.tumor}",
+        }
+        for implant in implants
+        if implant not in known
+    ]
+    url = str(folder / "synthetic")
+    with clock("synthesize"):
+        made_by = plain(settings) | {"checkpoint": str(own)}
+        rejected += [dict(row) for row in make_store(store, url, known, made_by)]
+    return open_store(url), rejected
+
+
 def sentence(source: Mapping[str, Any]) -> str:
     """Returns an `Origin` in words, for the report."""
     name = {"rules": "hand-written rules", "diffusion": "a diffusion model"}[source["synthesizer"]]
@@ -122,4 +196,3 @@ def sentence(source: Mapping[str, Any]) -> str:
         f" scans of {source['patients']} other patients, whose annotations are not counted here."
         " None of them is tested on."
     )
-

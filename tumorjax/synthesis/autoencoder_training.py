@@ -68,35 +68,72 @@ def run(config: ConfigDict, workdir: Path) -> int:
         raise UserError(f"{store.url}: no scans to train on. Prepare some")
     sources = [(store, case) for case in store.cases]
     training_sources, held_out = split_patients(sources, config.data.held_out, config.seed)
-    wanted = section(config) | {"images": leakage.record_of(training_sources)["images"]}
-    done = workdir / "done.json"
-    if done.is_file() and json.loads(done.read_text()) == wanted:
-        print(f"{workdir}: already finished")
-        return 1 if rejected else 0
     mesh = parallel.make_mesh(config.mesh)
-    trained_on = _trained_on(config, training_sources, workdir)
-    if jax.process_index() == 0:
-        done.unlink(missing_ok=True)
-        write_json_atomic(workdir / "trained_on.json", trained_on)
     with tqdm(total=config.training.steps, unit="step", disable=not sys.stderr.isatty()) as bar:
 
         def progress(step: int, row: Mapping[str, float]) -> None:
             bar.update(step - bar.n)
             bar.set_postfix(l1=f"{row['l1']:.4f}", refresh=False)
 
-        state = train(config, training_sources, workdir, mesh, clock=clock, progress=progress)
-    state = _on_host({name: state[name] for name in ("parameters", "codebook") if name in state})
-    if jax.process_index() == 0:
-        with clock("evaluate"):
-            quality = _evaluate(config, state, training_sources, held_out, workdir)
-        if rejected:
-            write_csv_atomic(workdir / "rejected.csv", rejected, ("case", "stage", "reason"))
-        write_json_atomic(done, wanted)
-        if held_out:
-            print(f"held-out scans: PSNR {quality['psnr']} dB, SSIM {quality['ssim']}")
+        quality = fit(
+            config, training_sources, held_out, workdir, mesh, clock=clock, progress=progress
+        )
+    if rejected and jax.process_index() == 0:
+        write_csv_atomic(workdir / "rejected.csv", rejected, ("case", "stage", "reason"))
+    if quality is None:
+        print(f"{workdir}: already finished")
+        return 1 if rejected else 0
+    if held_out and quality:
+        print(f"held-out scans: PSNR {quality['psnr']} dB, SSIM {quality['ssim']}")
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
     print(f"{workdir}: trained {config.training.steps} steps ({seconds})")
     return 1 if rejected else 0
+
+
+def fit(
+    config: ConfigDict,
+    sources: Sources,
+    held_out: Sources,
+    folder: Path,
+    mesh: Mesh,
+    *,
+    clock: Clock,
+    progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None,
+) -> dict[str, Any] | None:
+    """Trains an autoencoder on the given scans, measures it, and leaves all that `load` needs.
+
+    Args:
+        config: with the sections seed, preparation, model, training, evaluation and mesh.
+        sources: (store, case) of each scan to train on.
+        held_out: of each scan to measure it on; none is fine.
+        folder: see `run` for what it gets.
+        mesh: of the devices to train on.
+        clock: gets the phases "load", "train" and "evaluate".
+        progress: called with each row of the training curve.
+
+    Returns:
+        what quality.json holds, empty on other processes than the first; None where the folder
+        was finished before.
+
+    Raises:
+        UserError: a setting does not fit, or the loss is no longer a number.
+    """
+    wanted = section(config) | {"images": leakage.record_of(sources)["images"]}
+    done = folder / "done.json"
+    if done.is_file() and json.loads(done.read_text()) == wanted:
+        return None
+    trained_on = _trained_on(config, sources, folder)
+    if jax.process_index() == 0:
+        done.unlink(missing_ok=True)
+        write_json_atomic(folder / "trained_on.json", trained_on)
+    state = train(config, sources, folder, mesh, clock=clock, progress=progress)
+    state = _on_host({name: state[name] for name in ("parameters", "codebook") if name in state})
+    if jax.process_index():
+        return {}
+    with clock("evaluate"):
+        quality = _evaluate(config, state, sources, held_out, folder)
+    write_json_atomic(done, wanted)
+    return quality
 
 
 def train(

@@ -1,6 +1,8 @@
 """Denoisers by name, and what they are told of a scan and of the tumour that it is to have."""
 
+import functools
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from tumorjax import models
 from tumorjax.errors import UserError
+from tumorjax.settings import plain
 from tumorjax.synthesis.autoencoder import FACTOR
 from tumorjax.synthesis.latent_unet import fold
 from tumorjax.training.checkpoints import compute_dtype
@@ -58,11 +61,19 @@ def functional(
 def abstract(
     settings: Mapping[str, Any], latent_channels: int, organs: int
 ) -> tuple[Callable[[dict[str, Array], Any], Array], dict[str, jax.ShapeDtypeStruct]]:
-    """Returns a denoiser's function and the shapes of its parameters; nothing is drawn."""
+    """Returns a denoiser's function and the shapes of its parameters; nothing is drawn.
+
+    Equal settings give the same function, so that it is compiled once.
+    """
+    return _abstract(json.dumps(plain(settings)), latent_channels, organs)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(text: str, latent_channels: int, organs: int):
     functions = []
 
     def build() -> dict[str, Array]:
-        apply, parameters = functional(settings, latent_channels, organs)
+        apply, parameters = functional(json.loads(text), latent_channels, organs)
         functions.append(apply)
         return parameters
 

@@ -34,7 +34,8 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
 }
 # What a denoiser's embedding of time is made for: steps of a schedule, hundreds of them.
 _FLOW_TIME = 1000.0
-# Up to so many evaluations a sampler is written out: XLA:CPU runs the inside of a loop on one core.
+# Up to so many steps a sampler is written out: XLA:CPU runs the inside of a loop on one core.
+# Outside of jit it always is: only the denoiser is compiled then, once for all numbers of steps.
 _WRITTEN_OUT = 8
 
 
@@ -243,7 +244,7 @@ def _posterior(x: Array, data: Array, now: Array, later: Array, noise: Array) ->
 
 
 def _repeat(step: Callable[[Array, Array], Array], x: Array, count: int) -> Array:
-    if count > _WRITTEN_OUT:
+    if count > _WRITTEN_OUT and isinstance(x, jax.core.Tracer):
         return jax.lax.fori_loop(0, count, step, x)
     for index in range(count):
         x = step(jnp.asarray(index), x)

@@ -6,25 +6,29 @@ synthesizer decides: attenuation, texture and rim. The same tumour as the autoen
 stands between them, and shows what no diffusion model in its latents can do better.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from scipy import ndimage
+from scipy.stats import wasserstein_distance
 
 from tumorjax import anatomy
 from tumorjax.files import write_bytes_atomic, write_json_atomic
-from tumorjax.models import convolution
 from tumorjax.synthesis import lesion_crops
 from tumorjax.synthesis.lesion_crops import Lesion
 
+HU = Sequence[float]
+# From a number of steps (None: the config's own) to `trained_diffusion.TrainedDiffusion.generate`.
+Make = Callable[[int | None], Any]
+
 MEASURES = ("contrast", "texture", "rim")
-_KINDS = ("real", "reconstructed", "generated")
 # Voxels about a tumour whose organ is what it contrasts with.
 _REACH = 3
 # Tumours of more voxels are measured without their outermost layer, which they share with others.
@@ -89,20 +93,23 @@ def measure(
     }
 
 
+def to_hu(image: Float[np.ndarray, "..."], window: HU) -> Float[np.ndarray, "..."]:
+    """Returns an image in [-1, 1] in HU."""
+    return window[0] + (window[1] - window[0]) / 2 * (image + 1)
+
+
 def generate_all(
     generate: Any, cases: Sequence[Case], organs: Sequence[str], batch_size: int, seed: int
 ) -> tuple[Float[np.ndarray, "n x y z"], Float[np.ndarray, "n x y z"]]:
-    """Returns the generated tumours and the reconstructed scans, in [-1, 1]."""
-    run = jax.jit(
-        lambda generate, *arguments: generate(*arguments),
-        compiler_options=convolution.compiler_options(),
-    )
+    """Returns the generated tumours and the reconstructed scans, in [-1, 1].
+
+    The seed decides the noise that each tumour begins with, whatever the sampler.
+    """
     generated, reconstructed = [], []
     for start in range(0, len(cases), batch_size):
         # The last batch is filled up with its own cases: one shape, one compilation.
         chosen = [cases[i % len(cases)] for i in range(start, start + batch_size)]
-        result = run(
-            generate,
+        result = generate(
             jax.random.fold_in(jax.random.key(seed), start),
             np.stack([case.image for case in chosen])[..., None],
             np.stack([case.mask for case in chosen]),
@@ -122,33 +129,86 @@ def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     }
 
 
+def few_steps(
+    make: Make, cases: Sequence[Case], organs: Sequence[str], config: ConfigDict, window: HU
+) -> tuple[list[dict[str, Any]], dict[str, Float[np.ndarray, "n x y z"]]]:
+    """Compares sampling in few steps with fine sampling and with real tumours.
+
+    Args:
+        make: number of steps -> generate.
+        cases: held-out tumours.
+        organs: that the synthesizer knows.
+        config: of the job; its section quality has few_steps and fine_steps.
+        window: HU of -1 and 1.
+
+    Returns:
+        A row for each number of steps: steps, from_fine (mean absolute difference in HU, within the
+        tumour, from the same noise sampled finely), and for each measure the Wasserstein distance
+        in HU between generated and real tumours, mean over organs. And the generated tumours by
+        number of steps.
+    """
+    scale = (window[1] - window[0]) / 2
+    batch_size = min(config.training.batch_size, len(cases))
+    counts = [*config.quality.few_steps, config.quality.fine_steps]
+    if config.diffusion.objective != "flow":
+        counts = sorted({min(int(count), config.diffusion.timesteps) for count in counts})
+    drawn = {
+        int(count): generate_all(make(int(count)), cases, organs, batch_size, config.seed)[0]
+        for count in counts
+    }
+    fine = drawn[max(drawn)]
+    rows = []
+    for count, images in drawn.items():
+        apart = [
+            float(np.abs(image - other)[case.mask].mean())
+            for case, image, other in zip(cases, images, fine, strict=True)
+        ]
+        row: dict[str, Any] = {"steps": count, "from_fine": round(scale * float(np.mean(apart)), 2)}
+        for name in MEASURES:
+            distances = []
+            for organ in organs:
+                pairs = [
+                    [
+                        measure(to_hu(x, window), case.mask, case.organ)[name]
+                        for x in (image, case.image)
+                    ]
+                    for case, image in zip(cases, images, strict=True)
+                    if case.lesion.organ == organ
+                ]
+                if pairs:
+                    distances.append(wasserstein_distance(*zip(*pairs, strict=True)))
+            row[name] = round(float(np.mean(distances)), 2)
+        rows.append(row)
+    return rows, {str(count): images for count, images in drawn.items()}
+
+
 def write(
     workdir: Path,
-    generate: Any,
+    make: Make,
     lesions: Sequence[Lesion],
     organs: Sequence[str],
     config: ConfigDict,
-    window: Sequence[float],
+    window: HU,
 ) -> None:
-    """Writes quality.json and quality.png.
+    """Writes quality.json, quality.png and few_steps.png.
 
     Args:
         workdir: of the job.
-        generate: as `trained_diffusion.TrainedDiffusion.generate`.
+        make: number of steps, or None for the config's own -> generate, as in
+            `trained_diffusion.TrainedDiffusion`.
         lesions: of held-out patients.
         organs: that the synthesizer knows.
         config: of the job.
         window: HU of -1 and 1.
     """
-    cases = read_cases(lesions, organs, config.training.crop, config.quality.tumors)
+    settings, crop = config.quality, config.training.crop
+    cases = read_cases(lesions, organs, crop, settings.tumors)
     if not cases:
         write_json_atomic(workdir / "quality.json", {"tumors": 0})
         return
-    generated, reconstructed = generate_all(
-        generate, cases, organs, min(config.training.batch_size, len(cases)), config.seed
-    )
-    scale = (window[1] - window[0]) / 2
-    images = {
+    batch_size = min(config.training.batch_size, len(cases))
+    generated, reconstructed = generate_all(make(None), cases, organs, batch_size, config.seed)
+    images: dict[str, Any] = {
         "real": [case.image for case in cases],
         "reconstructed": reconstructed,
         "generated": generated,
@@ -159,17 +219,18 @@ def write(
         if not indices:
             continue
         result[organ] = {"tumors": len(indices)}
-        for kind in _KINDS:
-            result[organ][kind] = summary(
-                [
-                    measure(
-                        window[0] + scale * (images[kind][i] + 1), cases[i].mask, cases[i].organ
-                    )
-                    for i in indices
-                ]
-            )
+        for kind, values in images.items():
+            measured = [
+                measure(to_hu(values[i], window), cases[i].mask, cases[i].organ) for i in indices
+            ]
+            result[organ][kind] = summary(measured)
+    few = read_cases(lesions, organs, crop, settings.few_steps_tumors)
+    result["few_steps"], drawn = few_steps(make, few, organs, config, window)
     write_json_atomic(workdir / "quality.json", result)
     write_bytes_atomic(workdir / "quality.png", picture(cases, images, organs))
+    shown = {"real": [case.image for case in few]}
+    shown |= {f"{count} steps": values for count, values in drawn.items()}
+    write_bytes_atomic(workdir / "few_steps.png", picture(few, shown, organs))
 
 
 def picture(
@@ -178,32 +239,32 @@ def picture(
     organs: Sequence[str],
     columns: int = 4,
 ) -> bytes:
-    """Draws tumours of each organ, real, reconstructed and generated below each other, as PNG."""
-    chosen: list[Int[np.ndarray, "..."]] = []
+    """Draws up to `columns` tumours of each organ, from large to small, as PNG.
+
+    Each kind of image has a row. Shown is the axial plane that has most of the tumour.
+    """
+    chosen: list[int] = []
     for organ in organs:
         of_organ = [i for i, case in enumerate(cases) if case.lesion.organ == organ]
-        # Large ones show most.
         of_organ.sort(key=lambda i: -int(cases[i].mask.sum()))
-        step = max(1, len(of_organ) // columns)
-        chosen += [of_organ[::step][:columns]]
-    figure = Figure(figsize=(2 * columns * len(chosen), 2 * len(_KINDS)), layout="constrained")
-    axes = figure.subplots(len(_KINDS), columns * len(chosen), squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for group, indices in enumerate(chosen):
-        for column, index in enumerate(indices):
-            case = cases[index]
-            level = int(np.argmax(case.mask.sum(axis=(0, 1))))
-            for row, kind in enumerate(_KINDS):
-                axis = axes[row, group * columns + column]
-                axis.imshow(images[kind][index][:, :, level].T, cmap="gray", vmin=-0.6, vmax=0.9)
-                axis.invert_yaxis()
-                if row == 0:
-                    axis.contour(case.mask[:, :, level].T, [0.5], colors="r", linewidths=0.5)
-                if column == 0:
-                    axis.set_title(f"{organs[group]}, {kind}", fontsize=8, loc="left")
-    from io import BytesIO
-
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=80)
+        chosen += of_organ[:: max(1, len(of_organ) // columns)][:columns]
+    figure = Figure(figsize=(1.6 * len(chosen), 1.7 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), len(chosen), squeeze=False)
+    for column, index in enumerate(chosen):
+        case = cases[index]
+        level = int(np.argmax(case.mask.sum(axis=(0, 1))))
+        for row, (kind, values) in enumerate(images.items()):
+            axis = axes[row, column]
+            axis.set_xticks([])
+            axis.set_yticks([])
+            plane = values[index][:, :, level].T
+            axis.imshow(plane, cmap="gray", vmin=-0.6, vmax=0.9, origin="lower")
+            if row == 0:
+                outline = case.mask[:, :, level].T.astype(float)
+                axis.contour(outline, [0.5], colors="#d55e00", linewidths=0.7)
+                axis.set_title(f"{case.lesion.organ}, {case.lesion.radius_mm:.0f} mm", fontsize=7)
+            if column == 0:
+                axis.set_ylabel(kind, fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
     return buffer.getvalue()

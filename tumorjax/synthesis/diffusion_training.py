@@ -40,7 +40,7 @@ from tumorjax.synthesis.trained_autoencoder import TrainedAutoencoder
 from tumorjax.training import loop, schedules
 from tumorjax.volumes import Store
 
-SECTIONS = ("job", "seed", "data", "preparation", "model", "diffusion", "training", "quality")
+SECTIONS = ("job", "seed", "data", "preparation", "model", "diffusion", "training")
 
 
 class Trainer(NamedTuple):
@@ -238,14 +238,14 @@ def optimizer(training: ConfigDict) -> optax.GradientTransformation:
     """Returns Adam, after clipping of the gradient's norm; it steps every `accumulation` batches.
 
     Args:
-        training: learning_rate, schedule, clip, accumulation.
+        training: learning_rate, schedule, clip (0: none), accumulation.
     """
     # The schedule counts batches, Adam's own counter the steps that it makes.
     every = int(training.accumulation)
     rate = learning_rate(training)
-    adam = optax.chain(
-        optax.clip_by_global_norm(training.clip), optax.adam(lambda count: rate(count * every))
-    )
+    adam = optax.adam(lambda count: rate(count * every))
+    if training.clip:
+        adam = optax.chain(optax.clip_by_global_norm(training.clip), adam)
     if every == 1:
         return adam
     multiple = optax.MultiSteps(adam, every)
@@ -278,42 +278,103 @@ def run(config: ConfigDict, workdir: Path) -> int:
     with_tumor = {lesion.case for lesion in lesions if lesion.organ in organs}
     sources = [(store, case) for store, case in sources if case in with_tumor]
     seen, held_out = split_patients(sources, config.data.held_out, config.seed)
-    trained_on = leakage.record_of(seen)
-    wanted = section(config, organs) | {"images": trained_on["images"]}
-    done = workdir / "done.json"
-    if done.is_file() and json.loads(done.read_text()) == wanted:
+    mesh = parallel.make_mesh(config.mesh)
+    fresh = fit(config, seen, held_out, organs, autoencoder, workdir, mesh, clock=clock)
+    if rejected and jax.process_index() == 0:
+        write_csv_atomic(workdir / "rejected.csv", rejected, ("case", "stage", "reason"))
+    if not fresh:
         print(f"{workdir}: already finished")
         return 1 if rejected else 0
-    _keep_config(workdir, section(config, organs))
-    if jax.process_index() == 0:
-        record = leakage.union([trained_on, autoencoder.trained_on])
-        write_json_atomic(workdir / "trained_on.json", record)
-    mesh = parallel.make_mesh(config.mesh)
-    state, denoise = train(config, seen, organs, autoencoder, workdir, mesh, clock=clock)
-    with clock("quality"):
-        if jax.process_index() == 0 and held_out:
-            generate = trained_diffusion.make_generate(
-                config.diffusion,
-                jax.tree_util.Partial(denoise, state["ema"]),
-                autoencoder.encode,
-                autoencoder.decode,
-                autoencoder.latent_channels,
-            )
-            diffusion_quality.write(
-                workdir,
-                generate,
-                lesion_crops.find_lesions(held_out),
-                organs,
-                config,
-                autoencoder.window,
-            )
-    if jax.process_index() == 0:
-        if rejected:
-            write_csv_atomic(workdir / "rejected.csv", rejected, ("case", "stage", "reason"))
-        write_json_atomic(done, wanted)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
     print(f"{workdir}: trained {config.training.steps} steps ({seconds})")
     return 1 if rejected else 0
+
+
+def fit(
+    config: ConfigDict,
+    seen: Sequence[tuple[Store, str]],
+    held_out: Sequence[tuple[Store, str]],
+    organs: Sequence[str],
+    autoencoder: TrainedAutoencoder,
+    folder: Path,
+    mesh: Mesh,
+    *,
+    clock: Clock,
+) -> bool:
+    """Trains a denoiser on given scans, measures it, and leaves all that `load` needs but stage 1.
+
+    Args:
+        config: with the sections of `SECTIONS`.
+        seen: (store, case) of each scan to train on.
+        held_out: of each scan to measure it on; none is fine.
+        organs: whose tumours.
+        autoencoder: stage 1, of which the folder has a copy (`autoencoder/`).
+        folder: see `run` for what it gets.
+        mesh: of the devices to train on.
+        clock: gets the phases "load", "train" and "quality".
+
+    Returns:
+        False where the folder was finished before.
+
+    Raises:
+        UserError: the folder is of another training, an organ has no tumours, or the loss is no
+            longer a number.
+    """
+    trained_on = leakage.record_of(seen)
+    wanted = section(config, organs) | {"images": trained_on["images"]}
+    done = folder / "done.json"
+    if done.is_file() and json.loads(done.read_text()) == wanted:
+        return False
+    _keep_config(folder, section(config, organs))
+    if jax.process_index() == 0:
+        record = leakage.union([trained_on, autoencoder.trained_on])
+        write_json_atomic(folder / "trained_on.json", record)
+    state, denoise = train(config, seen, organs, autoencoder, folder, mesh, clock=clock)
+    if jax.process_index() == 0:
+        if held_out:
+            with clock("quality"):
+                _measure(config, state, denoise, autoencoder, held_out, organs, folder)
+        write_json_atomic(done, wanted)
+    return True
+
+
+def _measure(
+    config: ConfigDict,
+    state: Mapping[str, Any],
+    denoise: Callable[[dict[str, Array], Inputs], Array],
+    autoencoder: TrainedAutoencoder,
+    held_out: Sequence[tuple[Store, str]],
+    organs: Sequence[str],
+    folder: Path,
+) -> None:
+    """Compares generated tumours with real ones of held-out scans, by number of steps."""
+    options = convolution.compiler_options()
+    parts = [
+        jax.tree_util.Partial(jax.jit(part.func, compiler_options=options), *part.args)
+        for part in (
+            jax.tree_util.Partial(denoise, state["ema"]),
+            autoencoder.encode,
+            autoencoder.decode,
+        )
+    ]
+
+    def make(steps: int | None) -> jax.tree_util.Partial:
+        return trained_diffusion.make_generate(
+            config.diffusion,
+            *parts,
+            autoencoder.latent_channels,
+            sampler=_sampler(config.diffusion, steps),
+            steps=steps,
+        )
+
+    lesions = lesion_crops.find_lesions(held_out)
+    diffusion_quality.write(folder, make, lesions, organs, config, autoencoder.window)
+
+
+def _sampler(settings: ConfigDict, steps: int | None) -> str:
+    """Returns the sampler for a number of steps: ancestral sampling has but one."""
+    own = settings.sampler == "ancestral" and steps not in (None, settings.timesteps)
+    return "ddim" if own else settings.sampler
 
 
 def train(

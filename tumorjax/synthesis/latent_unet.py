@@ -162,11 +162,14 @@ class LatentUNet(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One vector of time, organ and radius. What is not told has a vector of its own."""
+    """One vector of organ and radius, and where it is `timed`, of the time.
 
-    def __init__(self, width: int, out: int, organs: int, *, rngs: nnx.Rngs):
-        self.time_in = Dense(width, out, rngs=rngs)
-        self.time_out = Dense(out, out, rngs=rngs)
+    What is not told has a vector of its own.
+    """
+
+    def __init__(self, width: int, out: int, organs: int, *, timed: bool = True, rngs: nnx.Rngs):
+        self.time_in = Dense(width, out, rngs=rngs) if timed else None
+        self.time_out = Dense(out, out, rngs=rngs) if timed else None
         self.radius_in = Dense(width, out, rngs=rngs)
         self.radius_out = Dense(out, out, rngs=rngs)
         # The last row stands for "not told".
@@ -174,14 +177,16 @@ class Embedding(nnx.Module):
         self.width = width
 
     def __call__(self, inputs: Inputs) -> Float[Array, "b d"]:
-        time = sinusoids(inputs.time, self.width)
-        vector = self.time_out(jax.nn.silu(self.time_in(time)))
         table = self.organ[...]
         organ = jnp.where(inputs.known, inputs.organ, table.shape[0] - 1)
         # Radii from 1 to 100 mm over about as many steps as there are times.
         size = sinusoids(200 * jnp.log(jnp.maximum(inputs.radius_mm, 0.5)), self.width)
         size = self.radius_out(jax.nn.silu(self.radius_in(size)))
-        return vector + table[organ] + jnp.where(inputs.known[:, None], size, 0.0)
+        vector = table[organ] + jnp.where(inputs.known[:, None], size, 0.0)
+        if self.time_in is None or self.time_out is None:
+            return vector
+        time = self.time_in(sinusoids(inputs.time, self.width))
+        return vector + self.time_out(jax.nn.silu(time))
 
 
 class Block(nnx.Module):

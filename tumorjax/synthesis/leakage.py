@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tumorjax.data.seen import record_of, union
+from tumorjax.data.seen import digest, record_of, union
 
 __all__ = ["overlap", "record_of", "union"]
 
@@ -22,5 +22,5 @@ def overlap(trained_on: Mapping[str, Any], records: Mapping[str, Mapping[str, An
     return sorted(
         case
         for case, record in records.items()
-        if str(record["patient"]) in patients or record["checksum"]["image"] in images
+        if digest(record["patient"]) in patients or record["checksum"]["image"] in images
     )

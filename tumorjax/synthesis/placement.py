@@ -5,11 +5,10 @@ wider; in the liver not at its very border; large tumours of organs other than l
 at the organ's middle; the mask is cut to the organ, except that half of the medium and large
 kidney tumours may stick out of it. What is ours: a tumour that the organ cuts below its size's
 group is refused and another place is tried, and so is one that leaves less than 40 % of the organ
-or has less than 40 % of itself in it;
-what sticks out replaces only soft tissue and fat; nothing of a solid organ's tumour lies in air,
-where an organ's mask may reach beyond the body; tumours of hollow organs have their centre in the
-wall or in what it holds, not in gas. On request tumours keep away from the organ's border, or touch
-it.
+or has less than 40 % of itself in it; what sticks out replaces only soft tissue and fat; nothing of
+a solid organ's tumour lies in air, where an organ's mask may reach beyond the body; tumours of
+hollow organs have their centre in the wall or in what it holds, not in gas. On request tumours keep
+away from the organ's border, or touch it.
 """
 
 from collections.abc import Iterator

@@ -43,7 +43,6 @@ DEFAULTS: dict[str, Any] = {
     "confidence": 0.95,
     "pictures": 8,
 }
-ALL = "tumor"
 _COLUMNS = ("case", "patient", "class", "number", "synthetic", *Measures._fields, *FEATURES)
 _DISTANCES = ("class", "quantity", "ks", "p", "n_real", "n_synthetic")
 _DISTANCES += ("median_real", "median_synthetic")
@@ -121,7 +120,11 @@ def write(
     real = open_store(real_store, real_cases)
     synthetic = _synthetic_source(synthetic_store, synthetic_cases, real)
     sources = {False: _limited(real, options), True: _limited(synthetic, options)}
-    request = {"settings": options, "cases": _fingerprint(sources)}
+    request = {
+        "settings": options,
+        "cases": _fingerprint(sources),
+        "checkpoint": _steps(options["checkpoint"]),
+    }
     done = _finished(folder, request)
     if done is not None:
         logging.info("%s: already finished", folder)
@@ -158,7 +161,7 @@ def write(
     summary |= {"rejected": rejected, "request": request}
     _write_tables(folder, tumors, summary, rejected)
     page = template("tumorjax.synthesis", "realism.html").render(
-        summary=summary, figures=summary.pop("figures"), title=figures.title, regions=REGIONS
+        summary=summary, figures=summary.pop("figures"), name=figures.name_of, regions=REGIONS
     )
     files.write_text_atomic(folder / "index.html", page)
     files.write_json_atomic(folder / "realism.json", summary)  # last: it says that all is there
@@ -192,7 +195,9 @@ def _synthetic_source(store: Any, cases: Sequence[str] | None, real: Source) -> 
         path = Path(store)
         if path.is_dir() and not (path / "store.json").is_file():
             source = open_folder(path, real.settings)
-            return source if cases is None else source._replace(cases=list(cases))
+            if cases is None:
+                return source
+            return source._replace(cases=[files.check_case_id(case) for case in cases])
     source = open_store(store, cases)
     for name in ("window", "spacing"):
         wanted, found = real.settings[name], source.settings[name]
@@ -218,6 +223,14 @@ def _fingerprint(sources: Mapping[bool, Source]) -> str:
     parts = [[made, name, source.version(name)] for made, source in sources.items()
              for name in source.cases]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _steps(checkpoint: str) -> list[list[Any]]:
+    """What says that a training's folder holds the same weights."""
+    if not checkpoint:
+        return []
+    found = sorted((Path(checkpoint) / "checkpoints").glob("*"))
+    return [[path.name, path.stat().st_mtime_ns] for path in found]
 
 
 def _finished(folder: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -285,7 +298,7 @@ def _compare(kinds, counts, options, look, window, folder) -> dict[str, Any]:
 
 
 def _union(kinds: Mapping[str, list[Tumor]]) -> dict[str, list[Tumor]]:
-    return {ALL: [tumor for tumors in kinds.values() for tumor in tumors]}
+    return {figures.ALL: [tumor for tumors in kinds.values() for tumor in tumors]}
 
 
 def _features(tumors: Sequence[Tumor]):
@@ -348,10 +361,10 @@ def _headline(classes: Mapping[str, Mapping[str, Any]]) -> str:
         told = (
             "too few patients to test"
             if auc["auc"] is None
-            else f"AUC {auc['auc']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})"
+            else f"AUC {auc['auc']:.2f}"
+            + (f" ({auc['low']:.2f} to {auc['high']:.2f})" if auc["low"] is not None else "")
         )
-        name = "All tumours" if kind == ALL else figures.title(kind)
-        parts.append(f"{name}: {told}, sizes KS {size:.2f}")
+        parts.append(f"{figures.name_of(kind)}: {told}, sizes KS {size:.2f}")
     return "; ".join(parts)
 
 

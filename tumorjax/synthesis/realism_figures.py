@@ -29,6 +29,8 @@ from tumorjax.synthesis.realism_tumors import (
     Tumor,
 )
 
+# All kinds of tumour together.
+ALL = "tumor"
 REAL, SYNTHETIC = "#5f6368", "#c1272d"
 OUTLINE = "#56b4e9"
 NAMES = {False: "real", True: "synthetic"}
@@ -66,15 +68,20 @@ def title(kind: str) -> str:
     return kind.replace("_", " ").capitalize()
 
 
+def name_of(kind: str) -> str:
+    """Returns the same, or what all kinds together are called."""
+    return "All tumours" if kind == ALL else title(kind)
+
+
 def distributions(
-    kinds: Kinds, quantities: Mapping[str, str], numbers: Mapping[str, tuple[list, list]]
+    kinds: Kinds, quantities: Mapping[str, str], numbers: Mapping[str, Mapping[bool, Sequence[int]]]
 ) -> Figure:
     """Returns histograms of what masks measure: a row a kind of tumour, a column a quantity.
 
     Args:
         kinds: kind -> its tumours.
         quantities: field of `Measures` -> axis label.
-        numbers: kind -> tumours of each scan, real and synthetic; drawn in a last column where given.
+        numbers: kind -> whether synthetic -> tumours of each scan; a last column where given.
     """
     columns = [*quantities.items(), *([("number", "tumours in a scan")] if numbers else [])]
     figure, axes = _grid(list(kinds), len(columns))
@@ -193,12 +200,14 @@ def separability(rows: Sequence[tuple[str, str, Mapping[str, Any]]], confidence:
     figure = Figure(figsize=(6.4, 0.9 + 0.36 * len(drawn)), layout="constrained")
     axis = figure.subplots()
     for place, (_, _, found) in enumerate(drawn):
-        axis.hlines(place, found["low"], found["high"], color=SYNTHETIC, alpha=0.45, lw=3)
+        if found["low"] is not None:
+            axis.hlines(place, found["low"], found["high"], color=SYNTHETIC, alpha=0.45, lw=3)
         axis.plot(found["auc"], place, "s", color=SYNTHETIC, mec="white", ms=6)
     axis.axvline(0.5, color=REAL, lw=1.2)
-    axis.set_yticks(range(len(drawn)), [f"{title(kind)}, {name}" for kind, name, _ in drawn])
+    axis.set_yticks(range(len(drawn)), [f"{name_of(kind)}, {name}" for kind, name, _ in drawn])
     axis.set_ylim(len(drawn) - 0.5, -0.5)
-    axis.set_xlim(min([0.3, *(f["low"] for _, _, f in drawn)]) - 0.02, 1.02)
+    ends = [f["low"] if f["low"] is not None else f["auc"] for _, _, f in drawn]
+    axis.set_xlim(min([0.3, *ends]) - 0.02, 1.02)
     axis.set_xlabel(f"AUC of real against synthetic, {100 * confidence:g} % interval; 0.5 is best")
     return figure
 

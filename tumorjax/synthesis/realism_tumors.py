@@ -158,7 +158,10 @@ def open_folder(folder: str | Path, settings: dict[str, Any]) -> Source:
         )
 
     def version(case: str) -> str:
-        about = (folder / case / "synthesis.json").stat()
+        try:
+            about = (folder / case / "synthesis.json").stat()
+        except OSError:
+            return "missing"
         return f"{about.st_size} {about.st_mtime_ns}"
 
     return Source(cases, lambda case: _read_scan(folder / case, settings), version, settings)

@@ -1,6 +1,8 @@
 """Trained tumour synthesizers for use: a diffusion model with its autoencoder."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,19 @@ class TrainedDiffusion(NamedTuple):
     crop: tuple[int, int, int]
     trained_on: dict[str, Any]
     config: ConfigDict
+
+
+class _Sampling(NamedTuple):
+    """How tumours are drawn: the settings of the config's section diffusion, and the latents'."""
+
+    objective: str
+    timesteps: int
+    sampler: str
+    steps: int
+    guidance: float
+    clip: float | None
+    hole_margin: int
+    latent_channels: int
 
 
 def load(
@@ -132,12 +147,25 @@ def make_generate(
     Raises:
         UserError: sampler or steps do not suit the objective.
     """
-    objective, timesteps = settings.objective, int(settings.timesteps)
-    sampler = settings.sampler if sampler is None else sampler
-    steps = int(settings.steps if steps is None else steps)
-    strength = float(settings.guidance if guidance is None else guidance)
-    margin, clip = int(settings.hole_margin), settings.get("clip")
-    diffusion.check_settings(objective, sampler, steps, timesteps)
+    sampling = _Sampling(
+        settings.objective,
+        int(settings.timesteps),
+        settings.sampler if sampler is None else sampler,
+        int(settings.steps if steps is None else steps),
+        float(settings.guidance if guidance is None else guidance),
+        settings.get("clip"),
+        int(settings.hole_margin),
+        latent_channels,
+    )
+    diffusion.check_settings(
+        sampling.objective, sampling.sampler, sampling.steps, sampling.timesteps
+    )
+    return jax.tree_util.Partial(_generator(sampling), denoiser, encode, decode)
+
+
+@functools.lru_cache(maxsize=32)
+def _generator(sampling: _Sampling) -> Callable[..., tuple[Array, Array]]:
+    """Returns the function for some settings: the same one each time, so compiled once."""
 
     def generate(
         denoiser: jax.tree_util.Partial,
@@ -151,40 +179,40 @@ def make_generate(
     ) -> tuple[Float[Array, "b x y z 1"], Float[Array, "b x y z 1"]]:
         rows = image.shape[0]
         inside = jnp.asarray(mask) > 0
-        both = jnp.concatenate([image, denoisers.with_hole(image, inside, margin)])
+        both = jnp.concatenate([image, denoisers.with_hole(image, inside, sampling.hole_margin)])
         healthy, holed = jnp.split(encode(both), 2)
 
         def denoise(noisy: Array, time: Array) -> Array:
             inputs = Inputs(
                 noisy,
-                diffusion.network_time(objective, time),
+                diffusion.network_time(sampling.objective, time),
                 holed,
                 inside.astype(jnp.float32),
                 jnp.asarray(organ, jnp.int32),
                 jnp.asarray(radius_mm, jnp.float32),
                 jnp.ones(rows, bool),
             )
-            if strength == 1:
+            if sampling.guidance == 1:
                 return denoiser(inputs)
             twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs)
             twice = twice._replace(known=jnp.arange(2 * rows) < rows)
             told, untold = jnp.split(denoiser(twice), 2)
-            return diffusion.guided(told, untold, strength)
+            return diffusion.guided(told, untold, sampling.guidance)
 
         drawn = diffusion.sample(
             key,
             denoise,
-            (*healthy.shape[:4], latent_channels),
-            objective=objective,
-            sampler=sampler,
-            steps=steps,
-            timesteps=timesteps,
-            clip=clip,
+            (*healthy.shape[:4], sampling.latent_channels),
+            objective=sampling.objective,
+            sampler=sampling.sampler,
+            steps=sampling.steps,
+            timesteps=sampling.timesteps,
+            clip=sampling.clip,
         )
         # Elsewhere the scan's own latents are known, and better than any prediction of them.
-        kept = denoisers.touched(inside, margin)[..., None]
+        kept = denoisers.touched(inside, sampling.hole_margin)[..., None]
         decoded = decode(jnp.concatenate([jnp.where(kept, drawn, healthy), healthy]))
         with_tumor, without = jnp.split(decoded, 2)
         return with_tumor, without
 
-    return jax.tree_util.Partial(generate, denoiser, encode, decode)
+    return generate
