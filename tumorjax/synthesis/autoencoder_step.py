@@ -69,7 +69,8 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
     kind, channels = model.settings.kind, model.settings.latent_channels
     update = schedules.optimizer(training, training.steps)
     rate = schedules.learning_rate(training, training.steps)
-    features, perceptual_parameters = None, {}
+    features: Any = None
+    perceptual_parameters: dict[str, Array] = {}
     if training.perceptual:
         features, perceptual_parameters = perceptual.load(training.perceptual, config.preparation)
     critics = discriminators.create_pair(

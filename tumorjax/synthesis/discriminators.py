@@ -162,7 +162,7 @@ def create_pair(weights: Mapping[str, float], dtype: str) -> Pair:
     jax.eval_shape(abstract)
 
     def init(seed: int) -> dict[str, Array]:
-        parameters = {}
+        parameters: dict[str, Array] = {}
         for name, dimensions in shapes.items():
             _, values = create(dimensions, dtype=dtype, seed=10 * seed + dimensions)
             parameters |= {f"{name}.{key}": value for key, value in values.items()}

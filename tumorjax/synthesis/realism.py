@@ -44,8 +44,10 @@ DEFAULTS: dict[str, Any] = {
     "pictures": 8,
 }
 _COLUMNS = ("case", "patient", "class", "number", "synthetic", *Measures._fields, *FEATURES)
-_DISTANCES = ("class", "quantity", "ks", "p", "n_real", "n_synthetic")
-_DISTANCES += ("median_real", "median_synthetic")
+_DISTANCES = (
+    *("class", "quantity", "ks", "p", "n_real", "n_synthetic"),
+    *("median_real", "median_synthetic"),
+)
 
 
 def run(config: ConfigDict, workdir: Path) -> int:

@@ -146,7 +146,8 @@ def sample_level(
         surface). `level < 0` is the mask. Where the tumour is smaller than a voxel it may have no
         voxel; `level <= jnp.minimum(0, level.min())` has at least one.
     """
-    return level_on_grid(*lattice_level(key, radius_mm, prior), shape, spacing, centre)
+    level, extent = lattice_level(key, radius_mm, prior)
+    return level_on_grid(level, extent, shape, spacing, centre)
 
 
 def level_on_grid(
@@ -295,7 +296,8 @@ def _measured_level(key, radius, prior: MeasuredShape):
     q, r = jnp.linalg.qr(jax.random.normal(keys[2], (3, 3)))
     rotation = q * jnp.sign(jnp.diagonal(r))
     roughness = jnp.exp(prior.log_roughness + prior.log_roughness_sd * jax.random.normal(keys[3]))
-    field = functools.partial(_field, *_zonal(keys[4], roughness))
+    towards, coefficients = _zonal(keys[4], roughness)
+    field = functools.partial(_field, towards, coefficients)
     on_sphere = jnp.exp(field(jnp.asarray(_sphere(1024))))
     axes = radius * ratios / (jnp.prod(ratios) * jnp.mean(on_sphere**3)) ** (1 / 3)
     # A few per cent beyond the farthest that any direction can reach.
