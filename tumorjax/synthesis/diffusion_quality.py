@@ -31,12 +31,17 @@ Make = Callable[[int | None], Any]
 MEASURES = ("contrast", "texture", "rim")
 # Voxels about a tumour whose organ is what it contrasts with.
 _REACH = 3
+_LEAST_ORGAN = 6
 # Tumours of more voxels are measured without their outermost layer, which they share with others.
 _CORE_VOXELS = 60
 
 
 class Case(NamedTuple):
-    """A held-out tumour: its image in [-1, 1], its mask, what is left of its organ, and itself."""
+    """A held-out tumour: itself, its scan in [-1, 1], its mask, and the organ about it.
+
+    The organ is without the voxels next to the tumour: those share its attenuation in the scan, and
+    a synthesizer makes them anew.
+    """
 
     lesion: Lesion
     image: Float[np.ndarray, "x y z"]
@@ -58,36 +63,35 @@ def read_cases(
             corner = lesion_crops.corner_about(lesion, crop, np.zeros(3, int))
             image, mask, label = lesion_crops.read_lesion(lesion, corner, crop)
             host = np.isin(label, [anatomy.LABELS[n] for n in anatomy.organ_labels(organ)])
-            near = ndimage.binary_dilation(mask, iterations=_REACH) & host
-            if mask.any() and near.sum() >= 8 and found < count:
+            near = ndimage.binary_dilation(mask, iterations=_REACH)
+            near &= host & ~ndimage.binary_dilation(mask, np.ones((3, 3, 3)))
+            if mask.any() and near.sum() >= _LEAST_ORGAN and found < count:
                 cases.append(Case(lesion, 2 * image - 1, mask, near))
                 found += 1
     return cases
 
 
-def measure(
-    hu: Float[np.ndarray, "x y z"],
-    mask: Bool[np.ndarray, "x y z"],
-    organ: Bool[np.ndarray, "x y z"],
-) -> dict[str, float]:
-    """Measures a tumour.
+def measure(image: Float[np.ndarray, "x y z"], case: Case, window: HU) -> dict[str, float]:
+    """Measures a tumour in an image.
 
     Args:
-        hu: the scan.
-        mask: the tumour.
-        organ: its organ about it.
+        image: the scan, or what was made of it, in [-1, 1].
+        case: whose tumour it is. What it contrasts with is taken from its scan, where a synthetic
+            tumour is implanted.
+        window: HU of -1 and 1.
 
     Returns:
         contrast: its mean less the organ's; texture: its standard deviation; rim: mean of its
         outermost layer less that of its core (0 where it has none). All in HU.
     """
+    hu, mask = to_hu(image, window), case.mask
     core = ndimage.binary_erosion(mask) if mask.sum() > _CORE_VOXELS else mask
     if not core.any():
         core = mask
     rim = mask & ~core
     inside = float(hu[core].mean())
     return {
-        "contrast": inside - float(hu[organ].mean()),
+        "contrast": inside - float(to_hu(case.image[case.organ], window).mean()),
         "texture": float(hu[core].std()),
         "rim": float(hu[rim].mean()) - inside if rim.any() else 0.0,
     }
@@ -168,10 +172,7 @@ def few_steps(
             distances = []
             for organ in organs:
                 pairs = [
-                    [
-                        measure(to_hu(x, window), case.mask, case.organ)[name]
-                        for x in (image, case.image)
-                    ]
+                    [measure(values, case, window)[name] for values in (image, case.image)]
                     for case, image in zip(cases, images, strict=True)
                     if case.lesion.organ == organ
                 ]
@@ -220,9 +221,7 @@ def write(
             continue
         result[organ] = {"tumors": len(indices)}
         for kind, values in images.items():
-            measured = [
-                measure(to_hu(values[i], window), cases[i].mask, cases[i].organ) for i in indices
-            ]
+            measured = [measure(values[i], cases[i], window) for i in indices]
             result[organ][kind] = summary(measured)
     few = read_cases(lesions, organs, crop, settings.few_steps_tumors)
     result["few_steps"], drawn = few_steps(make, few, organs, config, window)

@@ -18,7 +18,7 @@ from tumorjax.errors import UserError
 from tumorjax.models.layers import Conv, TransposedConv, normal
 from tumorjax.synthesis.autoencoder import FACTOR, VoxelNorm
 
-SETTINGS = ("latent_channels", "organs", "widths", "blocks", "attention_heads", "dtype", "seed")
+SETTINGS = ("widths", "blocks", "attention_heads", "dtype")
 # For latents of 8^3 on a CPU, and of 24^3 on an accelerator.
 SMALL: dict[str, Any] = {"widths": (32, 128), "blocks": 1, "attention_heads": 0}
 LARGE: dict[str, Any] = {"widths": (96, 192, 384), "blocks": 2, "attention_heads": 8}

@@ -22,7 +22,7 @@ from tumorjax.models.layers import Conv, GroupNorm, normal
 from tumorjax.synthesis.autoencoder import FACTOR
 from tumorjax.synthesis.latent_unet import Dense, Embedding, Inputs, check_shape, sinusoids
 
-SETTINGS = ("width", "multipliers", "heads", "head_width", "told", "dtype", "seed")
+SETTINGS = ("width", "multipliers", "heads", "head_width", "told", "dtype")
 DIFFTUMOR: dict[str, Any] = {"width": 24, "multipliers": (1, 2, 4, 8), "heads": 8, "head_width": 32}
 PRESETS = {"difftumor": DIFFTUMOR}
 
