@@ -53,7 +53,7 @@ def test_marked_rows_get_a_tumour_in_their_organ_and_nothing_else_changes(rng, m
     image, label = batch(rng)
     where = jnp.asarray([True, True, False, True])
     transform = transform_of(name, make_trained)
-    made = 0
+    made, beside = 0, []
     for seed in range(4):
         new_image, new_label = transform(jax.random.key(seed), image, label, where)
         assert new_image.dtype == image.dtype
@@ -85,13 +85,12 @@ def test_marked_rows_get_a_tumour_in_their_organ_and_nothing_else_changes(rng, m
             assert after[row].min() >= 0
             assert after[row].max() <= 1
             core = ndimage.binary_erosion(tumor)
-            if core.sum() > 5:
-                mean = after[row][core].mean() * 425 - 175
-                if name == "diffusion":
-                    assert mean == pytest.approx(level, abs=12)
-                else:
-                    assert mean < (110 if row == 0 else 170) - 15
+            # Against the stand-in's level, or how much the rules may leave of the organ.
+            expected = level if name == "diffusion" else (110 if row == 0 else 170) - 15
+            beside.append(after[row][core] * 425 - 175 - expected)
     assert made >= 6
+    mean = np.concatenate(beside).mean()
+    assert abs(mean) < 6 if name == "diffusion" else mean < 0
 
 
 @pytest.mark.parametrize("name", ["rules", "diffusion"])
