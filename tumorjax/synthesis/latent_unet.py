@@ -102,10 +102,10 @@ class LatentUNet(nnx.Module):
     ):
         embedding = 4 * widths[0]
         self.embed = Embedding(widths[0], embedding, organs, rngs=rngs)
-        conv = {"dtype": dtype, "rngs": rngs}
+        conv: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.stem = Conv(2 * latent_channels + FACTOR**3, widths[0], 3, **conv)
-        self.down = nnx.List([])
-        self.shrink = nnx.List([])
+        self.down: nnx.List = nnx.List([])
+        self.shrink: nnx.List = nnx.List([])
         channels = widths[0]
         for level, width in enumerate(widths):
             if level:
@@ -118,8 +118,8 @@ class LatentUNet(nnx.Module):
         self.attention = (
             Attention(channels, attention_heads, rngs=rngs) if attention_heads else None
         )
-        self.up = nnx.List([])
-        self.grow = nnx.List([])
+        self.up: nnx.List = nnx.List([])
+        self.grow: nnx.List = nnx.List([])
         for level in reversed(range(len(widths))):
             width = widths[level]
             if level < len(widths) - 1:
