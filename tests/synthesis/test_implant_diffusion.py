@@ -8,7 +8,7 @@ from scipy import ndimage
 from tumorjax.errors import CaseError, UserError
 from tumorjax.synthesis import diffusion_render
 from tumorjax.synthesis.implant import TumorTooLarge, implant
-from tumorjax.synthesis.synthesizers import create, of_model, rule_based, settings_of
+from tumorjax.synthesis.synthesizers import create, of_model, rule_based
 
 # HU of the stand-in's tumours, by the window -175..250: level 0 is 37.5 HU, a unit 212.5 HU.
 LEVEL = {"liver": 37.5 - 0.1 * 212.5, "pancreas": 37.5, "kidney": 37.5 + 0.1 * 212.5}
@@ -229,18 +229,6 @@ def test_fingerprints_tell_weights_and_grids_apart(make_trained):
         make_trained(crop=(32, 32, 16)),
     ]
     assert len({first, *map(diffusion_render.fingerprint, others)}) == 5
-
-
-def test_one_of_several_named_synthesizers_has_its_own_settings():
-    settings = {
-        "prior": "measured",
-        "sizes": {"small": 1.0},
-        "synthesizers": {"eight": {"synthesizer": "diffusion", "steps": 8, "checkpoint": "m"}},
-    }
-    shared = {"prior": "measured", "sizes": {"small": 1.0}}
-    own = {"synthesizer": "diffusion", "steps": 8, "checkpoint": "m"}
-    assert settings_of(settings, "eight") == shared | own
-    assert settings_of(settings, "rules") == shared | {"synthesizer": "rules"}
 
 
 def test_real_organs_get_tumours(make_trained, real_data):
