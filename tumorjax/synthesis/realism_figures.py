@@ -38,20 +38,6 @@ _COLORS = {False: REAL, True: SYNTHETIC}
 _DPI = 120
 _BINS = 12
 
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eceef0",
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-}
 # What a shape is compared by: its column, and its axis.
 SHAPES = {
     "minor_to_major": "minor / major axis",
