@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tumorjax.errors import UserError
-from tumorjax.synthesis import denoisers, even_convolution, latent_unet
+from tumorjax.synthesis import denoisers, even_convolution
 from tumorjax.synthesis.latent_unet import Inputs
 
 SETTINGS = {"name": "latent_unet", "widths": (8, 16), "blocks": 1, "attention_heads": 2}
