@@ -263,6 +263,8 @@ def main() -> None:
             command += ["--stages"] * arguments.stages
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rounds[name].append(json.loads(run.stdout.splitlines()[-1]))
+            # Rows of full size take minutes, and the table comes last.
+            print(f"{name}: {rounds[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     report({name: best(found) for name, found in rounds.items()})
 
 
