@@ -139,7 +139,7 @@ def render(
     What lies around the tumour, of the extent that the model knows, is resampled to its grid. A
     scan that is smaller is continued by its outermost voxels. Back come two pictures: the crop with
     the tumour, and the crop as the model sees it without. The difference of the latter from the
-    scan goes onto the tumour: its mean over the organ, and what of it can be noise (no vessels, no
+    scan is noise, and goes onto the tumour; without the part that no noise can be (vessels,
     borders). Where the tumour ends is the mask's to say, on the scan's own grid.
 
     Args:
@@ -185,9 +185,7 @@ def render(
     random = texture.generator(key)
     residual = before - without[inner]
     normal, spread = organ_statistics(residual, host)
-    # What the model gets wrong of the organ as a whole, it gets wrong of its tumour too.
-    lesion = lesion + np.float32(normal)
-    lesion += grain(random, residual, host, steps, normal, spread, _NOISE_VOXELS)
+    lesion = lesion + grain(random, residual, host, steps, normal, spread, _NOISE_VOXELS)
     weight = edge_weight(mask, organ[near], steps, random.uniform(*_EDGE_MM))
     touched = weight > 0
     before[touched] += weight[touched] * (lesion[touched] - before[touched])

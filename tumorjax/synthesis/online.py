@@ -437,7 +437,7 @@ def _draw_diffusion(organs, generate, keys, hu, placed, spacing, window):
     def noise(key, residual, host):
         normal, spread = online_texture.organ_statistics(residual, host, (-jnp.inf, jnp.inf))
         key = jax.random.fold_in(key, 2)
-        return normal + online_texture.grain(key, residual, host, normal, spread, sigma)
+        return online_texture.grain(key, residual, host, normal, spread, sigma)
 
     lesion += jax.vmap(noise)(keys, hu - healthy, placed.organ)
     edges = jax.vmap(
