@@ -103,7 +103,7 @@ def test_sizes(rng, widths, blocks):
         ({"widths": (8,)}, "3 whole numbers"),
         ({"widths": (8, 16, 16)}, "decoder_blocks is .* Expected 2 whole numbers"),
         ({"latent_channels": 0}, "latent_channels"),
-        ({"norm": "group"}, "multiples of 32"),
+        ({"norm": "group", "widths": (8, 16)}, "multiples of 32"),
     ],
 )
 def test_wrong_settings_are_told(settings, message):
