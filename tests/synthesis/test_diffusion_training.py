@@ -334,7 +334,7 @@ def trained_folder(tmp_path_factory):
         _write(folder / "scans", rng, case)
     config = autoencoder_config.get_config()
     config.data.store = str(folder / "scans")
-    config.model.widths = (4, 8, 8)
+    config.model.widths, config.model.decoder_blocks = (4, 8, 8), (1, 1)
     config.model.latent_channels = CHANNELS
     config.training.patch_size = (16, 16, 16)
     config.training.batch_size = 2
