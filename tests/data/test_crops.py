@@ -336,25 +336,6 @@ def test_real_and_synthetic_cases_mix():
     assert sorted(origins) == [("real", "case0"), ("synthetic", "case0"), ("synthetic", "case3")]
 
 
-def test_rows_of_hosts_are_marked():
-    store = make_store()
-    hosts = {"case1", "case2"}
-    with make_loader(store, hosts=hosts) as loader, make_loader(store) as plain:
-        seen = set()
-        for _ in range(12):
-            batch, unmarked = next(loader), next(plain)
-            assert "implant" not in unmarked
-            assert same(unmarked, {key: batch[key] for key in ("image", "label")})
-            for crop, mark in zip(batch["image"][..., 0], batch["implant"], strict=True):
-                case = find(store, crop)[0]
-                assert mark == (case in hosts)
-                seen.add(case)
-        assert batch["implant"].dtype == bool
-        assert len(seen) > 2
-    with make_loader(store, hosts=()) as loader:
-        assert not next(loader)["implant"].any()
-
-
 def test_closing_ends_the_threads():
     before = threading.active_count()
     loader = make_loader(make_store(), threads=4)

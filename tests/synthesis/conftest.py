@@ -25,7 +25,7 @@ def known_tumor(level, texture, key, image, mask, organ, radius_mm):
     return jnp.where(mask[..., None] > 0, drawn, without), without
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_trained():
     """(crop, spacing, window, organs, level, texture) -> a model; levels are in [-1, 1]."""
 

@@ -90,11 +90,10 @@ def test_two_devices_make_the_same_step_as_one(rng, kind):
 
     one, two = steps(1), steps(2)
     assert jax.tree.structure(one) == jax.tree.structure(two)
-    for path, value in jax.tree_util.tree_leaves_with_path(one):
-        found = two
-        for key in path:
-            found = found[getattr(key, "key", getattr(key, "idx", None))]
-        np.testing.assert_allclose(found, value, atol=2e-4, rtol=1e-3, err_msg=str(path))
+    pairs = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True)
+    for (path, value), found in pairs:
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(found, value, atol=2e-4, rtol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tumorjax.synthesis import (
     lesion_crops,
     trained_diffusion,
 )
-from tumorjax.synthesis.latent_unet import fold
+from tumorjax.synthesis.even_convolution import fold
 from tumorjax.synthesis.trained_autoencoder import TrainedAutoencoder
 from tumorjax.training import loop
 from tumorjax.training.checkpoints import open_manager

@@ -8,7 +8,7 @@ from scipy import ndimage
 from tumorjax.errors import CaseError, UserError
 from tumorjax.synthesis import diffusion_render
 from tumorjax.synthesis.implant import TumorTooLarge, implant
-from tumorjax.synthesis.synthesizers import create, of_model, rule_based, settings_of
+from tumorjax.synthesis.synthesizers import create, of_model, rule_based
 
 # HU of the stand-in's tumours, by the window -175..250: level 0 is 37.5 HU, a unit 212.5 HU.
 LEVEL = {"liver": 37.5 - 0.1 * 212.5, "pancreas": 37.5, "kidney": 37.5 + 0.1 * 212.5}
@@ -54,8 +54,7 @@ def test_nothing_changes_beyond_the_tumour_and_its_soft_rim(rng, make_trained, s
     assert not changed[beyond].any()
     inside = ndimage.binary_erosion(tumor) if tumor.sum() > 200 else tumor
     level = LEVEL["liver"] - 0.001 * 14 * 212.5
-    # Of 6 mm voxels none but the innermost hold no part of the surroundings.
-    assert np.mean(out[inside]) == pytest.approx(level, abs=6 if max(spacing) < 6 else 12)
+    assert np.mean(out[inside]) == pytest.approx(level, abs=6)
     assert out[tumor].max() < 250
     # The same place as every other synthesizer's: only the texture is another.
     _, by_rules = implant(jax.random.key(3), image, mask, spacing, 14.0, rule_based("liver"))
@@ -95,6 +94,40 @@ def test_the_grain_of_the_scan_stays_and_its_vessels_go(rng, make_trained, spaci
     assert np.mean(after) == pytest.approx(np.mean(before), rel=0.25)
     assert len(on_vessel) >= 2
     assert np.max(np.abs(on_vessel)) < 15
+
+
+def test_what_the_model_gets_wrong_of_the_organ_is_no_part_of_the_tumour(rng, make_trained):
+    spacing = (3.0, 3.0, 3.0)
+    image, mask = scan(rng, (48, 48, 48), spacing)
+    trained = make_trained(texture=0.0)
+
+    def brighter(generate, *arguments):
+        return tuple(picture + 0.1 for picture in generate(*arguments))
+
+    biased = trained._replace(generate=jax.tree_util.Partial(brighter, trained.generate))
+    key = jax.random.key(2)
+    out, tumor = implant(key, image, mask, spacing, 16.0, of(trained))
+    other, _ = implant(key, image, mask, spacing, 16.0, of(biased))
+    # 0.1 are 21 HU.
+    assert np.abs(other - out)[tumor].max() < 1
+
+
+def test_edges_are_as_sharp_as_the_scan_and_not_as_the_model(rng, make_trained):
+    # A model of 4 mm, a scan of 1 mm: the edge is blurred by 0.5 to 1.5 mm.
+    spacing = (1.0, 1.0, 1.0)
+    image, organ = scan(rng, (80, 80, 80), spacing, radius=38.0, noise=0.0)
+    grid = np.indices(image.shape) - 40
+    ball = np.sqrt((grid**2).sum(axis=0)) < 13
+    render = of(make_trained(spacing=(4.0, 4.0, 4.0), texture=0.0)).render
+    out = render(jax.random.key(0), image, organ, ball, spacing)
+    line = out[40, 40, 40:]
+    low, high = line[:6].mean(), 110.0
+    assert low == pytest.approx(13, abs=5)
+    np.testing.assert_allclose(line[:8], low, atol=4)
+    np.testing.assert_array_equal(line[19:], image[40, 40, 59:])
+    # From a tenth to nine tenths of the way within 4 mm.
+    way = (line - low) / (high - low)
+    assert np.argmax(way > 0.9) - np.argmax(way > 0.1) <= 4
 
 
 def test_values_outside_the_window_stay_outside_the_tumour(rng, make_trained):
@@ -153,7 +186,7 @@ def test_the_model_is_given_the_scan_on_its_own_grid(rng, make_trained):
     crop = given["i"][0, ..., 0]
     assert crop.max() == pytest.approx((110 - 37.5) / 212.5, abs=0.02)
     assert crop.min() == pytest.approx((-100 - 37.5) / 212.5, abs=0.02)
-    assert crop[given["h"][0] > 0].mean() == pytest.approx((110 - 37.5) / 212.5, abs=0.05)
+    assert crop[given["h"][0] > 0].mean() == pytest.approx((110 - 37.5) / 212.5, abs=0.1)
 
 
 def test_tumours_beyond_the_crop_of_the_model_are_refused(rng, make_trained):
@@ -198,18 +231,6 @@ def test_fingerprints_tell_weights_and_grids_apart(make_trained):
     assert len({first, *map(diffusion_render.fingerprint, others)}) == 5
 
 
-def test_one_of_several_named_synthesizers_has_its_own_settings():
-    settings = {
-        "prior": "measured",
-        "sizes": {"small": 1.0},
-        "synthesizers": {"eight": {"synthesizer": "diffusion", "steps": 8, "checkpoint": "m"}},
-    }
-    shared = {"prior": "measured", "sizes": {"small": 1.0}}
-    own = {"synthesizer": "diffusion", "steps": 8, "checkpoint": "m"}
-    assert settings_of(settings, "eight") == shared | own
-    assert settings_of(settings, "rules") == shared | {"synthesizer": "rules"}
-
-
 def test_real_organs_get_tumours(make_trained, real_data):
     import nibabel as nib
 
@@ -229,9 +250,7 @@ def test_real_organs_get_tumours(make_trained, real_data):
         assert 0.75**3 <= volume / (4 / 3 * np.pi * size**3) <= 1.4
         far = ndimage.distance_transform_edt(~tumor, sampling=(3.0,) * 3) > 6
         np.testing.assert_array_equal(out[far], image[far])
-        if organ == "liver":
-            # Of the others most voxels hold some of the fat beside them, at the model's 4 mm.
-            assert np.median(out[tumor]) == pytest.approx(LEVEL[organ], abs=15)
+        assert np.median(out[tumor]) == pytest.approx(LEVEL[organ], abs=15)
 
 
 def test_a_scan_without_the_organ_is_a_case_error(rng, make_trained):

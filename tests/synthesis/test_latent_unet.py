@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tumorjax.errors import UserError
-from tumorjax.synthesis import denoisers, latent_unet
+from tumorjax.synthesis import denoisers, even_convolution
 from tumorjax.synthesis.latent_unet import Inputs
 
 SETTINGS = {"name": "latent_unet", "widths": (8, 16), "blocks": 1, "attention_heads": 2}
@@ -80,7 +80,7 @@ def test_what_is_not_told_does_not_count(network, rng):
 
 def test_fold_lays_a_blocks_voxels_in_its_channels(rng):
     x = rng.standard_normal((2, 8, 4, 12, 3)).astype(np.float32)
-    folded = np.asarray(latent_unet.fold(jnp.asarray(x), 4))
+    folded = np.asarray(even_convolution.fold(jnp.asarray(x), 4))
     assert folded.shape == (2, 2, 1, 3, 192)
     block = x[1, 4:8, 0:4, 8:12]
     np.testing.assert_array_equal(folded[1, 1, 0, 2], block.reshape(-1))

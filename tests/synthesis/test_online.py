@@ -1,5 +1,7 @@
 """Tumours made inside a training step: where they are, what stays, and any number of devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,19 +43,29 @@ def batch(rng, rows=4, patch=PATCH):
     return jnp.asarray(image[..., None]), jnp.asarray(label)
 
 
-def transform_of(name, make_trained, mesh=None, **changes):
-    trained = None
-    if name == "diffusion":
-        trained = make_trained(crop=(16, 16, 16), organs=("pancreas", "liver", "kidney"))
-    return online.make(trained, CLASSES, SETTINGS | {"synthesizer": name} | changes, mesh)
+@pytest.fixture(scope="module")
+def transform_of(make_trained):
+    """(synthesizer) -> its transform, compiled once for all tests here."""
+
+    @functools.cache
+    def transform(name):
+        return online.make(model_of(name, make_trained), CLASSES, SETTINGS | {"synthesizer": name})
+
+    return transform
+
+
+def model_of(name, make_trained):
+    if name == "rules":
+        return None
+    return make_trained(crop=(16, 16, 16), organs=("pancreas", "liver", "kidney"))
 
 
 @pytest.mark.parametrize("name", ["rules", "diffusion"])
-def test_marked_rows_get_a_tumour_in_their_organ_and_nothing_else_changes(rng, make_trained, name):
+def test_marked_rows_get_a_tumour_in_their_organ_and_nothing_else_changes(rng, transform_of, name):
     image, label = batch(rng)
     where = jnp.asarray([True, True, False, True])
-    transform = transform_of(name, make_trained)
-    made = 0
+    transform = transform_of(name)
+    made, beside = 0, []
     for seed in range(4):
         new_image, new_label = transform(jax.random.key(seed), image, label, where)
         assert new_image.dtype == image.dtype
@@ -85,42 +97,37 @@ def test_marked_rows_get_a_tumour_in_their_organ_and_nothing_else_changes(rng, m
             assert after[row].min() >= 0
             assert after[row].max() <= 1
             core = ndimage.binary_erosion(tumor)
-            if core.sum() > 5:
-                mean = after[row][core].mean() * 425 - 175
-                if name == "diffusion":
-                    assert mean == pytest.approx(level, abs=12)
-                else:
-                    assert mean < (110 if row == 0 else 170) - 15
+            # Against the stand-in's level, or how much the rules may leave of the organ.
+            expected = level if name == "diffusion" else (110 if row == 0 else 170) - 15
+            beside.append(after[row][core] * 425 - 175 - expected)
     assert made >= 6
+    mean = np.concatenate(beside).mean()
+    assert abs(mean) < 6 if name == "diffusion" else mean < 0
 
 
 @pytest.mark.parametrize("name", ["rules", "diffusion"])
-def test_two_devices_make_what_one_makes(rng, make_trained, name):
+def test_two_devices_make_what_one_makes(rng, make_trained, transform_of, name):
     image, label = batch(rng)
-    where = jnp.ones(4, bool)
-    results = []
-    for devices in (1, 2):
-        mesh = parallel.make_mesh({"data": devices}, jax.devices()[:devices])
-        transform = transform_of(name, make_trained, mesh)
-        given = parallel.put_batch(
-            mesh,
-            {"image": np.asarray(image), "label": np.asarray(label), "implant": np.asarray(where)},
-        )
-        results.append(
-            transform(jax.random.key(5), given["image"], given["label"], given["implant"])
-        )
-    (image_one, label_one), (image_two, label_two) = results
+    where = np.ones(4, bool)
+    key = jax.random.key(5)
+    mesh = parallel.make_mesh({"data": 2}, jax.devices()[:2])
+    settings = SETTINGS | {"synthesizer": name}
+    on_two = online.make(model_of(name, make_trained), CLASSES, settings, mesh)
+    rows = {"image": np.asarray(image), "label": np.asarray(label), "implant": where}
+    given = parallel.put_batch(mesh, rows)
+    image_two, label_two = on_two(key, given["image"], given["label"], given["implant"])
     assert len(image_two.sharding.device_set) == 2
+    image_one, label_one = transform_of(name)(key, image, label, jnp.asarray(where))
     assert (np.asarray(label_one) != np.asarray(label)).any(axis=(1, 2, 3)).sum() >= 2
     np.testing.assert_array_equal(label_one, label_two)
     np.testing.assert_allclose(image_one, image_two, atol=2e-5)
 
 
-def test_the_key_decides_and_rows_differ(rng, make_trained):
+def test_the_key_decides_and_rows_differ(rng, transform_of):
     image, label = batch(rng)
     # The same crop twice.
     image, label = image.at[1].set(image[0]), label.at[1].set(label[0])
-    transform = transform_of("rules", make_trained)
+    transform = transform_of("rules")
     where = jnp.ones(4, bool)
     first = transform(jax.random.key(0), image, label, where)
     again = transform(jax.random.key(0), image, label, where)
@@ -131,10 +138,10 @@ def test_the_key_decides_and_rows_differ(rng, make_trained):
     assert (first[1][0] != first[1][1]).any()
 
 
-def test_patches_of_another_size_than_the_crop_of_the_model(rng, make_trained):
+def test_patches_of_another_size_than_the_crop_of_the_model(rng, transform_of):
     # Smaller along x, larger along y, equal along z.
     image, label = batch(rng, patch=(12, 22, 16))
-    transform = transform_of("diffusion", make_trained)
+    transform = transform_of("diffusion")
     made = 0
     for seed in range(3):
         new_image, new_label = transform(jax.random.key(seed), image, label, jnp.ones(4, bool))
@@ -145,16 +152,16 @@ def test_patches_of_another_size_than_the_crop_of_the_model(rng, make_trained):
     assert made
 
 
-def test_tumours_keep_away_from_those_that_are_there(rng, make_trained):
+def test_tumours_keep_away_from_those_that_are_there(rng, transform_of):
     image, label = batch(rng)
     label = np.array(label)
     there = np.zeros(PATCH, bool)
-    there[10:14, 10:14, 10:14] = True
+    there[11:13, 11:13, 11:13] = True
     label[0][there & (label[0] == LIVER)] = LIVER_LESION
-    transform = transform_of("rules", make_trained, sizes={"tiny": 1.0})
+    transform = transform_of("rules")
     old = label[0] == LIVER_LESION
     made = 0
-    for seed in range(6):
+    for seed in range(8):
         _, new = transform(jax.random.key(seed), image, jnp.asarray(label), jnp.ones(4, bool))
         added = (np.asarray(new)[0] == LIVER_LESION) & ~old
         made += added.any()

@@ -42,6 +42,14 @@ class CropSource(Protocol):
     def locations(self, case: str) -> Mapping[int, Int[np.ndarray, "n 3"]]: ...
 
 
+class Batches(Protocol):
+    """Batches by their number, for a `CropLoader`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+
 class CropLoader:
     """Endless iterator over batches; `step` is the number of the next one.
 
@@ -50,7 +58,7 @@ class CropLoader:
     `hosts` also "implant": bool [b], whether the crop is of one of these sources.
     """
 
-    def __init__(self, batches: "_Batches", start: int, threads: int, prefetch: int):
+    def __init__(self, batches: "Batches", start: int, threads: int, prefetch: int):
         dataset = grain.MapDataset.source(batches).to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         )

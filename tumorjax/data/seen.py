@@ -18,8 +18,8 @@ def record_of(sources: Sequence[tuple[CropSource, str]]) -> dict[str, Any]:
         sources: (store, case) of each training scan.
 
     Returns:
-        patients: sorted digests of ids; images: sorted SHA-256 of the stored images, which find a scan again
-        under another patient's name; scans: their number.
+        patients: sorted digests of ids; images: sorted SHA-256 of the stored images, which find a
+        scan again under another patient's name; scans: their number.
     """
     records = [store.record(case) for store, case in sources]
     return {

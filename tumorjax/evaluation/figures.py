@@ -13,24 +13,11 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from tumorjax.evaluation.paper_tables import tumor_title
 from tumorjax.files import write_bytes_atomic
+from tumorjax.plot_style import STYLE
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision; the first is this model's.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eceef0",
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-}
 # Up to this many false positives a scan the axis is linear, beyond it is logarithmic.
 _LINEAR = 1.0
 _TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

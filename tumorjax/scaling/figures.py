@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from tumorjax import plot_style
 from tumorjax.scaling import power_law
 from tumorjax.scaling.results import ALL_TUMORS, LESS_IS_BETTER, METRICS, REAL, WITH_SYNTHETIC
 
@@ -26,28 +27,16 @@ INK = "#202124"
 _NAME_WIDTH = 0.42  # of an arm's name, as a share of the axis
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
+STYLE: dict[Any, Any] = plot_style.STYLE | {
     "text.color": INK,
     "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "axes.edgecolor": "#9aa0a6",
     "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eceef0",
     "grid.linewidth": 0.8,
     "xtick.color": "#5f6368",
     "ytick.color": "#5f6368",
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
     "svg.hashsalt": "tumorjax",
 }
 

@@ -100,10 +100,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
         if made is None:
             settings = ConfigDict(config.to_dict() | {"seed": cell.seed})
             tested = {case: records[case] for _, case in tests}
-            made, set_aside = synthetic_arm.of_cell(
+            made = synthetic_arm.of_cell(
                 settings, mine, store, real, tested, folders[cell], place, clock
             )
-            rejected.extend(set_aside)
         there = set(made.cases)
         names = [implant.name for implant in mine if implant.name in there]
         return replace(scans, synthetic_store=made, synthetic=names)
@@ -226,6 +225,9 @@ def _gather(
     for folder in folders.values():
         if is_done(folder):
             rows += json.loads((folder / "results.json").read_text())
+    # What cells set aside themselves, in this run or in one before.
+    for path in (folder / synthetic_arm.REJECTED for folder in folders.values()):
+        rejected += read_csv(path) if path.is_file() else []
     write_csv_atomic(workdir / "rejected.csv", rejected, _REJECTED_COLUMNS)
     if not rows:
         return

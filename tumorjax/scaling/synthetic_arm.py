@@ -18,6 +18,7 @@ from tumorjax import anatomy
 from tumorjax.clock import Clock
 from tumorjax.data.cohort import Implant
 from tumorjax.errors import UserError
+from tumorjax.files import write_csv_atomic
 from tumorjax.settings import plain
 from tumorjax.synthesis import (
     autoencoder_training,
@@ -32,6 +33,8 @@ from tumorjax.synthesis.store import make_store
 from tumorjax.volumes import Store, open_store
 
 TRAINED_ON = ("pool", "cell")
+# In the folder of a cell that makes its own synthetic scans.
+REJECTED = "rejected.csv"
 Records = Mapping[str, Mapping[str, Any]]
 
 
@@ -131,7 +134,7 @@ def of_cell(
     folder: Path,
     mesh: Mesh,
     clock: Clock,
-) -> tuple[Store, list[dict[str, Any]]]:
+) -> Store:
     """Trains a synthesizer on a cell's annotated scans and makes the cell's synthetic scans by it.
 
     What is there of an earlier run is gone on from.
@@ -142,12 +145,13 @@ def of_cell(
         store: of the scans.
         real: the cell's annotated scans.
         tests: case -> the store's record, of all test scans.
-        folder: the cell's; gets synthesizer/ and synthetic/.
+        folder: the cell's; gets synthesizer/, synthetic/ and `REJECTED`, the implants that were set
+            aside.
         mesh: of the devices.
         clock: gets the phases load, train and synthesize.
 
     Returns:
-        The store of the synthetic scans, and the implants that were set aside.
+        The store of the synthetic scans.
 
     Raises:
         UserError: the scans have no tumour, or training failed.
@@ -178,7 +182,8 @@ def of_cell(
     with clock("synthesize"):
         made_by = plain(settings) | {"checkpoint": str(own)}
         rejected += [dict(row) for row in make_store(store, url, known, made_by)]
-    return open_store(url), rejected
+    write_csv_atomic(folder / REJECTED, rejected, ("case", "stage", "reason"))
+    return open_store(url)
 
 
 def sentence(source: Mapping[str, Any]) -> str:

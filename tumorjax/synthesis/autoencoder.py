@@ -247,15 +247,15 @@ def decoder_margin(settings: Settings) -> int | None:
     return reach
 
 
+def _of_convolutions(settings: Settings, rngs: nnx.Rngs) -> dict[str, Any]:
+    return {"padding": settings.padding, "dtype": jnp.dtype(settings.dtype), "rngs": rngs}
+
+
 class Encoder(nnx.Module):
     """Image [b, x, y, z, 1] -> [b, x/4, y/4, z/4, c]."""
 
     def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
-        kwargs: dict[str, Any] = {
-            "padding": settings.padding,
-            "dtype": jnp.dtype(settings.dtype),
-            "rngs": rngs,
-        }
+        kwargs = _of_convolutions(settings, rngs)
         widths = settings.widths
         self.folded = len(widths) == 2
         self.stem = Conv(8 if self.folded else 1, widths[0], **kwargs)
@@ -280,11 +280,7 @@ class Decoder(nnx.Module):
     """Latents [b, x, y, z, c] -> image [b, 4x, 4y, 4z, 1]."""
 
     def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
-        kwargs: dict[str, Any] = {
-            "padding": settings.padding,
-            "dtype": jnp.dtype(settings.dtype),
-            "rngs": rngs,
-        }
+        kwargs = _of_convolutions(settings, rngs)
         widths = settings.decoder_widths or tuple(reversed(settings.widths))
         self.stem = layers.Conv(
             settings.latent_channels, widths[0], 1, dtype=kwargs["dtype"], rngs=rngs

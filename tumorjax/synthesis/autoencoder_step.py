@@ -1,4 +1,8 @@
-"""One training step of the autoencoder: reconstruction, latents, discriminators."""
+"""One training step of the autoencoder: reconstruction, latents, discriminators.
+
+Both sides of the adversarial game take their step on the same reconstruction, so it is made once.
+The discriminators' learning rate counts from their own first step.
+"""
 
 import functools
 import json
@@ -22,8 +26,6 @@ from tumorjax.training import loop, schedules
 
 SECTIONS = ("seed", "preparation", "model", "training", "evaluation", "mesh")
 
-# Of the discriminators' first weights, beside the autoencoder's seed.
-_SLICES, _CROPS = 1, 2
 _NO_SCORE = {"adversarial": 0.0, "matching": 0.0}
 
 
@@ -67,10 +69,14 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
     kind, channels = model.settings.kind, model.settings.latent_channels
     update = schedules.optimizer(training, training.steps)
     rate = schedules.learning_rate(training, training.steps)
-    features, perceptual_parameters = None, {}
+    features: Any = None
+    perceptual_parameters: dict[str, Array] = {}
     if training.perceptual:
         features, perceptual_parameters = perceptual.load(training.perceptual, config.preparation)
-    critics, _ = _discriminators(model.settings.dtype, 0)
+    critics = discriminators.create_pair(
+        {"slices": training.adversarial_slices, "crops": training.adversarial_crops},
+        model.settings.dtype,
+    )
 
     def first(seed: int) -> dict[str, Any]:
         parameters = autoencoder.build(config, seed).parameters
@@ -83,70 +89,13 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
         if kind == "vq":
             state["codebook"] = vector_quantization.empty(training.codes, channels)
         if training.adversarial_from:
-            _, state["discriminators"] = _discriminators(model.settings.dtype, seed)
+            state["discriminators"] = critics.init(seed)
             state["discriminator_optimizer"] = update.init(state["discriminators"])
         return state
 
     def init(seed: int) -> dict[str, Any]:
         state = first(seed)
         return jax.device_put(state, parallel.state_shardings(mesh, state))
-
-    def scores(
-        parameters: dict[str, Array], key: Array, image: Array, decoded: Array
-    ) -> dict[str, tuple[list[Array], list[Array]]]:
-        """Activations of both discriminators for images and reconstructions."""
-        slices = (discriminators.random_slices(key, x) for x in (image, decoded))
-        inputs = {"slices": tuple(slices), "crops": (image, decoded)}
-        return {
-            name: tuple(critics[name](parameters, x) for x in pair) for name, pair in inputs.items()
-        }
-
-    def generator_terms(critic, key, image, decoded) -> dict[str, Array]:
-        found = scores(critic, key, image, decoded)
-        weights = {"slices": training.adversarial_slices, "crops": training.adversarial_crops}
-        return {
-            "adversarial": sum(-w * found[name][1][-1].mean() for name, w in weights.items()),
-            "matching": sum(
-                w * discriminators.feature_matching(*found[name]) for name, w in weights.items()
-            ),
-        }
-
-    def encode_with_noise(state, parameters, key, image):
-        """Returns latents to decode, what is to be added to the loss, scalars and what is new."""
-        encoded = model.encode(parameters, image)
-        if kind == "kl":
-            mean, log_variance = autoencoder.split_latent(encoded)
-            noise = jax.random.normal(key, mean.shape)
-            # Kullback-Leibler divergence from the unit Gaussian, mean over latents, in nats.
-            divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
-            z = mean + jnp.exp(log_variance / 2) * noise
-            return z, training.kl * divergence, {"kl": divergence}, {}
-        of_first, of_restarts = jax.random.split(key)
-        fixed = jax.lax.stop_gradient(encoded)
-        codebook = jax.lax.cond(
-            state["step"] == 0,
-            lambda book: vector_quantization.initialise(of_first, book, fixed),
-            lambda book: book,
-            state["codebook"],
-        )
-        indices = vector_quantization.nearest(codebook["embeddings"], fixed)
-        codes = codebook["embeddings"][indices]
-        commitment = jnp.square(encoded - codes).mean()
-        new = vector_quantization.update(
-            of_restarts,
-            codebook,
-            fixed,
-            indices,
-            decay=training.codebook_decay,
-            least_use=training.least_use,
-        )
-        scalars = {
-            "commitment": commitment,
-            "perplexity": vector_quantization.perplexity(indices, training.codes),
-        }
-        # The gradient passes the codes as if they were the latents.
-        z = encoded + jax.lax.stop_gradient(codes - encoded)
-        return z, training.commitment * commitment, scalars, {"codebook": new}
 
     def step(state: dict[str, Any], batch: dict[str, Array], frozen: dict[str, Array]):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
@@ -160,7 +109,14 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
         )
 
         def loss_of(parameters):
-            z, loss, scalars, new = encode_with_noise(state, parameters, key, image)
+            encoded = model.encode(parameters, image)
+            if kind == "kl":
+                (z, loss, scalars), new = _gaussian_latents(key, encoded, training), {}
+            else:
+                z, loss, scalars, book = _coded_latents(
+                    key, encoded, state["codebook"], state["step"] == 0, training
+                )
+                new = {"codebook": book}
             decoded = model.decode(parameters, z)
             error, reconstruction = reconstruction_loss(image, decoded, training)
             scalars["l1"] = error
@@ -171,7 +127,7 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
             if training.adversarial_from:
                 terms = jax.lax.cond(
                     active,
-                    lambda x: generator_terms(state["discriminators"], of_slices, image, x),
+                    lambda x: critics.of_generator(state["discriminators"], of_slices, image, x),
                     lambda x: jax.tree.map(jnp.asarray, _NO_SCORE),
                     decoded,
                 )
@@ -209,18 +165,7 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
 
     def train_discriminators(kept, key, image, decoded):
         parameters, optimizer = kept
-
-        def loss_of(parameters):
-            found = scores(parameters, key, image, decoded)
-            return sum(
-                weight * discriminators.hinge_loss(found[name][0][-1], found[name][1][-1])
-                for name, weight in (
-                    ("slices", training.adversarial_slices),
-                    ("crops", training.adversarial_crops),
-                )
-            )
-
-        loss, gradient = jax.value_and_grad(loss_of)(parameters)
+        loss, gradient = jax.value_and_grad(critics.loss)(parameters, key, image, decoded)
         changes, optimizer = update.update(gradient, optimizer, parameters)
         parameters = jax.tree.map(jnp.add, parameters, changes)
         return (parameters, optimizer), loss, optax.global_norm(gradient)
@@ -289,15 +234,49 @@ def reconstruction_loss(
     return error, loss
 
 
-def _discriminators(dtype: str, seed: int) -> tuple[dict[str, Callable], dict[str, Array]]:
-    """Returns the functions of both discriminators, and their parameters in one dictionary."""
-    functions, parameters = {}, {}
-    for name, dimensions, stream in (("slices", 2, _SLICES), ("crops", 3, _CROPS)):
-        apply, values = discriminators.create(dimensions, dtype=dtype, seed=1000 * seed + stream)
-        parameters |= {f"{name}.{key}": value for key, value in values.items()}
-        functions[name] = functools.partial(_apply_part, apply, f"{name}.")
-    return functions, parameters
+def _gaussian_latents(
+    key: Array, encoded: Float[Array, "b x y z 2*c"], weights: ConfigDict
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Returns latents drawn from their distributions, the term of the loss, and scalars."""
+    mean, log_variance = autoencoder.split_latent(encoded)
+    noise = jax.random.normal(key, mean.shape)
+    # Kullback-Leibler divergence from the unit Gaussian, mean over latents, in nats.
+    divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
+    z = mean + jnp.exp(log_variance / 2) * noise
+    return z, weights.kl * divergence, {"kl": divergence}
 
 
-def _apply_part(apply: Callable, prefix: str, parameters: dict[str, Array], x: Array) -> Any:
-    return apply(autoencoder.part(parameters, prefix), x)
+def _coded_latents(
+    key: Array,
+    encoded: Float[Array, "b x y z c"],
+    codebook: vector_quantization.Codebook,
+    is_first: Array,
+    weights: ConfigDict,
+) -> tuple[Array, Array, dict[str, Array], vector_quantization.Codebook]:
+    """Returns the nearest codes, the term of the loss, scalars, and the codebook that follows."""
+    of_first, of_restarts = jax.random.split(key)
+    fixed = jax.lax.stop_gradient(encoded)
+    codebook = jax.lax.cond(
+        is_first,
+        lambda book: vector_quantization.initialise(of_first, book, fixed),
+        lambda book: book,
+        codebook,
+    )
+    indices = vector_quantization.nearest(codebook["embeddings"], fixed)
+    codes = codebook["embeddings"][indices]
+    commitment = jnp.square(encoded - codes).mean()
+    following = vector_quantization.update(
+        of_restarts,
+        codebook,
+        fixed,
+        indices,
+        decay=weights.codebook_decay,
+        least_use=weights.least_use,
+    )
+    scalars = {
+        "commitment": commitment,
+        "perplexity": vector_quantization.perplexity(indices, weights.codes),
+    }
+    # The gradient passes the codes as if they were the latents.
+    z = encoded + jax.lax.stop_gradient(codes - encoded)
+    return z, weights.commitment * commitment, scalars, following

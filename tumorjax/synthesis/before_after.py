@@ -100,9 +100,9 @@ def _draw(
             x, y = np.arange(drawn.shape[0]) * spacing[0], np.arange(drawn.shape[1]) * spacing[up]
             axis.contour(x, y, drawn.T.astype(float), [0.5], colors="#f0a30a", linewidths=1.0)
     if side is not None:
-        x, y = middle[0] * spacing[0], middle[up] * spacing[up]
-        axis.set_xlim(x + side / 2, x - side / 2)
-        axis.set_ylim(y - side / 2, y + side / 2)
+        across, along = middle[0] * spacing[0], middle[up] * spacing[up]
+        axis.set_xlim(across + side / 2, across - side / 2)
+        axis.set_ylim(along - side / 2, along + side / 2)
     else:
         axis.set_xlim(extent[0], extent[1])
     axis.set_facecolor("black")

@@ -14,7 +14,7 @@ from tumorjax import models
 from tumorjax.errors import UserError
 from tumorjax.settings import plain
 from tumorjax.synthesis.autoencoder import FACTOR
-from tumorjax.synthesis.latent_unet import fold
+from tumorjax.synthesis.even_convolution import fold
 from tumorjax.training.checkpoints import compute_dtype
 
 NETWORKS = ("latent_unet", "video_unet")

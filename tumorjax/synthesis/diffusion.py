@@ -211,10 +211,10 @@ def sample(
     levels = cosine_schedule(timesteps)[visited]
     now = jnp.asarray(levels)
     later = jnp.asarray(np.append(levels[1:], np.float32(1.0)))
-    visited = jnp.asarray(visited)
+    timestep = jnp.asarray(visited)
 
     def schedule_step(index, x):
-        time = jnp.full(shape[0], visited[index], jnp.float32)
+        time = jnp.full(shape[0], timestep[index], jnp.float32)
         data, of_noise = data_and_noise(objective, denoise(x, time), x, time, timesteps)
         if clip is not None:
             data = jnp.clip(data, -clip, clip)

@@ -109,7 +109,8 @@ def generate_all(
 
     The seed decides the noise that each tumour begins with, whatever the sampler.
     """
-    generated, reconstructed = [], []
+    generated: list[np.ndarray] = []
+    reconstructed: list[np.ndarray] = []
     for start in range(0, len(cases), batch_size):
         # The last batch is filled up with its own cases: one shape, one compilation.
         chosen = [cases[i % len(cases)] for i in range(start, start + batch_size)]
@@ -227,7 +228,7 @@ def write(
     result["few_steps"], drawn = few_steps(make, few, organs, config, window)
     write_json_atomic(workdir / "quality.json", result)
     write_bytes_atomic(workdir / "quality.png", picture(cases, images, organs))
-    shown = {"real": [case.image for case in few]}
+    shown: dict[str, Any] = {"real": [case.image for case in few]}
     shown |= {f"{count} steps": values for count, values in drawn.items()}
     write_bytes_atomic(workdir / "few_steps.png", picture(few, shown, organs))
 

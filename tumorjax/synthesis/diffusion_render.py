@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
+from scipy import ndimage
 
 from tumorjax.errors import UserError
 from tumorjax.geometry import prepare_image, resample_labels, resample_to_shape
@@ -138,8 +139,8 @@ def render(
     What lies around the tumour, of the extent that the model knows, is resampled to its grid. A
     scan that is smaller is continued by its outermost voxels. Back come two pictures: the crop with
     the tumour, and the crop as the model sees it without. The difference of the latter from the
-    scan is noise, and goes onto the tumour; without the part that no noise can be (vessels,
-    borders).
+    scan goes onto the tumour: its mean over the organ, and what of it can be noise (no vessels, no
+    borders). Where the tumour ends is the mask's to say, on the scan's own grid.
 
     Args:
         key: jax.random key.
@@ -172,19 +173,21 @@ def render(
     around = _cut_out(image, start, size, "edge")
     hole = _cut_out(tumor, start, size, "constant")
 
-    with_tumor, without = _generate(key, around, hole, steps, trained, organ_index)
+    lesion, without = _generate(key, around, hole, steps, trained, organ_index)
     reach = np.ceil(texture.CONTEXT_MM / steps).astype(int)
     near = tuple(
         slice(max(low - r, 0, s), min(high + 1 + r, length, s + n))
         for (low, high), r, length, s, n in zip(box, reach, image.shape, start, size, strict=True)
     )
     inner = tuple(slice(b.start - s, b.stop - s) for b, s in zip(near, start, strict=True))
-    before, lesion = image[near].astype(np.float32), with_tumor[inner]
+    before, lesion = image[near].astype(np.float32), lesion[inner]
     mask, host = tumor[near], organ[near] | tumor[near]
     random = texture.generator(key)
     residual = before - without[inner]
     normal, spread = organ_statistics(residual, host)
-    lesion = lesion + grain(random, residual, host, steps, normal, spread, _NOISE_VOXELS)
+    # What the model gets wrong of the organ as a whole, it gets wrong of its tumour too.
+    lesion = lesion + np.float32(normal)
+    lesion += grain(random, residual, host, steps, normal, spread, _NOISE_VOXELS)
     weight = edge_weight(mask, organ[near], steps, random.uniform(*_EDGE_MM))
     touched = weight > 0
     before[touched] += weight[touched] * (lesion[touched] - before[touched])
@@ -211,7 +214,12 @@ def _cut_out(array, start, size, mode):
 
 
 def _generate(key, image, hole, steps, trained, organ_index):
-    """Runs the model on a box of a scan; both of its pictures in HU, on the box's grid."""
+    """Runs the model on a box of a scan.
+
+    Returns:
+        HU on the box's grid: of the tumour (beyond it: what it would be there), and of the box as
+        the model sees it without one.
+    """
     order = 1
     preparation = trained.config.get("preparation")
     if preparation is not None:
@@ -231,17 +239,32 @@ def _generate(key, image, hole, steps, trained, organ_index):
     with _COMPILING:
         pictures = _compiled()(trained.generate, *arguments)
     low, high = (float(value) for value in trained.window)
-    back = []
-    for picture in pictures:
-        values = np.asarray(picture, np.float32)[0, ..., 0]
-        if not np.isfinite(values).all():
-            raise UserError(
-                "the diffusion model draws NaN or infinite values. Its training diverged: train it"
-                " anew, or give another checkpoint"
-            )
-        values = np.clip((values + 1) / 2, 0, 1) * np.float32(high - low) + np.float32(low)
-        back.append(resample_to_shape(values, image.shape, 3))
-    return back
+    found = [np.asarray(picture, np.float32)[0, ..., 0] for picture in pictures]
+    if not all(np.isfinite(values).all() for values in found):
+        raise UserError(
+            "the diffusion model draws NaN or infinite values. Its training diverged: train it"
+            " anew, or give another checkpoint"
+        )
+    lesion, without = (
+        np.clip((values + 1) / 2, 0, 1) * np.float32(high - low) + np.float32(low)
+        for values in found
+    )
+    lesion = _continued(lesion, mask)
+    return [resample_to_shape(values, image.shape, 3) for values in (lesion, without)]
+
+
+def _continued(
+    lesion: Float[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z"]
+) -> Float[np.ndarray, "x y z"]:
+    """Continues a lesion beyond its mask by what is inside.
+
+    On a finer grid the scan's own mask and the edge's blur say where it ends; else its edge would
+    be as blurred as the model's voxels are large.
+    """
+    part = ndimage.gaussian_filter(mask.astype(np.float32), 1.0)
+    inside = ndimage.gaussian_filter(np.where(mask, lesion, np.float32(0)), 1.0)
+    beyond = np.where(part > 1e-4, inside / np.maximum(part, 1e-4), lesion)
+    return np.where(mask, lesion, beyond)
 
 
 @functools.cache

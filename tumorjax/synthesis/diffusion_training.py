@@ -349,19 +349,21 @@ def _measure(
 ) -> None:
     """Compares generated tumours with real ones of held-out scans, by number of steps."""
     options = convolution.compiler_options()
-    parts = [
+    denoiser, encode, decode = (
         jax.tree_util.Partial(jax.jit(part.func, compiler_options=options), *part.args)
         for part in (
             jax.tree_util.Partial(denoise, state["ema"]),
             autoencoder.encode,
             autoencoder.decode,
         )
-    ]
+    )
 
     def make(steps: int | None) -> jax.tree_util.Partial:
         return trained_diffusion.make_generate(
             config.diffusion,
-            *parts,
+            denoiser,
+            encode,
+            decode,
             autoencoder.latent_channels,
             sampler=_sampler(config.diffusion, steps),
             steps=steps,

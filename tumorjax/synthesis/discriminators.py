@@ -6,8 +6,8 @@ are over groups of channels of each sample: they need no running statistics, and
 not depend on the others of its batch.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from tumorjax import models
 from tumorjax.models import layers
 from tumorjax.models.layers import normal
 from tumorjax.synthesis import even_convolution
+from tumorjax.synthesis.autoencoder import part
 
 _SLOPE = 0.2
 _MOST_CHANNELS = 512
@@ -125,6 +126,78 @@ def create(
         dimensions, width, layers, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)
     )
     return models.functional(module)
+
+
+class Pair(NamedTuple):
+    """A discriminator of slices and one of crops.
+
+    Attributes:
+        init: seed -> first parameters of both.
+        of_generator: (parameters, key, image, decoded) -> what an autoencoder minimises:
+            adversarial (less the mean logits for reconstructions) and matching (see
+            `feature_matching`); key decides which slices are looked at.
+        loss: (parameters, key, image, decoded) -> what the discriminators minimise.
+    """
+
+    init: Callable[[int], dict[str, Array]]
+    of_generator: Callable[..., dict[str, Array]]
+    loss: Callable[..., Array]
+
+
+def create_pair(weights: Mapping[str, float], dtype: str) -> Pair:
+    """Returns both discriminators.
+
+    Args:
+        weights: of "slices" and "crops" in all losses.
+        dtype: of the convolutions' operands.
+    """
+    shapes = {"slices": 2, "crops": 3}
+    functions: dict[str, Callable[[dict[str, Array], Array], list[Array]]] = {}
+
+    def abstract() -> None:
+        # Without drawing weights, which a training without discriminators has no use for.
+        for name, dimensions in shapes.items():
+            functions[name], _ = create(dimensions, dtype=dtype)
+
+    jax.eval_shape(abstract)
+
+    def init(seed: int) -> dict[str, Array]:
+        parameters: dict[str, Array] = {}
+        for name, dimensions in shapes.items():
+            _, values = create(dimensions, dtype=dtype, seed=10 * seed + dimensions)
+            parameters |= {f"{name}.{key}": value for key, value in values.items()}
+        return parameters
+
+    def activations(parameters, key, image, decoded):
+        inputs = {
+            "slices": [random_slices(key, x) for x in (image, decoded)],
+            "crops": [image, decoded],
+        }
+        found = {}
+        for name in shapes:
+            own = part(parameters, f"{name}.")
+            found[name] = [functions[name](own, x) for x in inputs[name]]
+        return found
+
+    def of_generator(parameters, key, image, decoded):
+        found = activations(parameters, key, image, decoded)
+        terms = {
+            name: {"adversarial": -fake[-1].mean(), "matching": feature_matching(real, fake)}
+            for name, (real, fake) in found.items()
+        }
+        return {
+            term: sum(weights[name] * values[term] for name, values in terms.items())
+            for term in ("adversarial", "matching")
+        }
+
+    def loss(parameters, key, image, decoded):
+        found = activations(parameters, key, image, decoded)
+        terms = [
+            weights[name] * hinge_loss(real[-1], fake[-1]) for name, (real, fake) in found.items()
+        ]
+        return sum(terms[1:], start=terms[0])
+
+    return Pair(init, of_generator, loss)
 
 
 def hinge_loss(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Float[Array, ""]:

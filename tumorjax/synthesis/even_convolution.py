@@ -45,16 +45,16 @@ def doubling(
     return unfold(convolution(padded, taps))[:, 1:-1, 1:-1, 1:-1]
 
 
-def fold(x: Float[Array, "b x y z c"]) -> Float[Array, "b x/2 y/2 z/2 8*c"]:
-    """Gathers the voxels of each block of 2^3 in the channels of one."""
+def fold(x: Float[Array, "b x y z c"], factor: int = 2) -> Float[Array, "b x2 y2 z2 d"]:
+    """Lays the voxels of each block of factor^3 side by side in the channels of one."""
     b, *shape, c = x.shape
-    nx, ny, nz = (size // 2 for size in shape)
-    blocks = x.reshape(b, nx, 2, ny, 2, nz, 2, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return blocks.reshape(b, nx, ny, nz, 8 * c)
+    nx, ny, nz = (size // factor for size in shape)
+    blocks = x.reshape(b, nx, factor, ny, factor, nz, factor, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return blocks.reshape(b, nx, ny, nz, factor**3 * c)
 
 
 def unfold(x: Float[Array, "b x y z 8*c"]) -> Float[Array, "b 2*x 2*y 2*z c"]:
-    """Undoes `fold`."""
+    """Undoes `fold` by 2."""
     b, nx, ny, nz, c = x.shape
     blocks = x.reshape(b, nx, ny, nz, 2, 2, 2, c // 8).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return blocks.reshape(b, 2 * nx, 2 * ny, 2 * nz, c // 8)

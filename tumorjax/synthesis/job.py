@@ -366,10 +366,10 @@ def _synthesize(
         mask = from_canonical((label == anatomy.LABELS[tumor]).astype(np.uint8), scan.affine)
         write_mask(folder / "segmentations" / f"{tumor}.nii.gz", mask, scan.header)
     tumors = tumor_instances(label, spacing)
-    for tumor in tumors:
+    for found in tumors:
         # Where a reader's viewer finds it: mm of the scan's own space, not our voxels.
-        centre = affine @ [*tumor.pop("center"), 1.0]
-        tumor["center_mm"] = [round(float(c), 1) for c in centre[:3]]
+        centre = affine @ [*found.pop("center"), 1.0]
+        found["center_mm"] = [round(float(c), 1) for c in centre[:3]]
     if wanted.preview:
         picture = before_after.picture(case, image, made, label, spacing)
         write_bytes_atomic(folder / "preview.png", picture)

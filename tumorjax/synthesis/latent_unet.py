@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tumorjax.errors import UserError
 from tumorjax.models.layers import Conv, TransposedConv, normal
 from tumorjax.synthesis.autoencoder import FACTOR, VoxelNorm
+from tumorjax.synthesis.even_convolution import fold
 
 SETTINGS = ("widths", "blocks", "attention_heads", "dtype")
 # For latents of 8^3 on a CPU, and of 24^3 on an accelerator.
@@ -102,10 +103,10 @@ class LatentUNet(nnx.Module):
     ):
         embedding = 4 * widths[0]
         self.embed = Embedding(widths[0], embedding, organs, rngs=rngs)
-        conv = {"dtype": dtype, "rngs": rngs}
+        conv: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.stem = Conv(2 * latent_channels + FACTOR**3, widths[0], 3, **conv)
-        self.down = nnx.List([])
-        self.shrink = nnx.List([])
+        self.down: nnx.List = nnx.List([])
+        self.shrink: nnx.List = nnx.List([])
         channels = widths[0]
         for level, width in enumerate(widths):
             if level:
@@ -118,8 +119,8 @@ class LatentUNet(nnx.Module):
         self.attention = (
             Attention(channels, attention_heads, rngs=rngs) if attention_heads else None
         )
-        self.up = nnx.List([])
-        self.grow = nnx.List([])
+        self.up: nnx.List = nnx.List([])
+        self.grow: nnx.List = nnx.List([])
         for level in reversed(range(len(widths))):
             width = widths[level]
             if level < len(widths) - 1:
@@ -255,14 +256,6 @@ def sinusoids(values: Float[Array, " b"], width: int) -> Float[Array, "b width"]
     frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half))
     angles = values[:, None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def fold(x: Float[Array, "b x y z c"], factor: int) -> Float[Array, "b x2 y2 z2 d"]:
-    """Lays the voxels of each block of factor^3 side by side in the channels."""
-    b, nx, ny, nz, c = x.shape
-    blocks = x.reshape(b, nx // factor, factor, ny // factor, factor, nz // factor, factor, c)
-    blocks = blocks.transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return blocks.reshape(b, nx // factor, ny // factor, nz // factor, factor**3 * c)
 
 
 def check_shape(shape: tuple[int, ...], multiple: int) -> None:

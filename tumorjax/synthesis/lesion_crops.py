@@ -118,7 +118,7 @@ def loader(
 
 
 def read_lesion(
-    lesion: Lesion, corner: Sequence[int], crop: Sequence[int]
+    lesion: Lesion, corner: Sequence[int] | Int[np.ndarray, "3"], crop: Sequence[int]
 ) -> tuple[Float[np.ndarray, "x y z"], Bool[np.ndarray, "x y z"], UInt8[np.ndarray, "x y z"]]:
     """Reads the crop about a tumour that begins at `corner`.
 
@@ -127,7 +127,7 @@ def read_lesion(
     """
     image = np.zeros(tuple(crop), np.float32)
     label = np.zeros(tuple(crop), np.uint8)
-    read_crop(lesion.store, lesion.case, corner, image, label)
+    read_crop(lesion.store, lesion.case, [int(first) for first in corner], image, label)
     return image, _component(label == lesion.label, np.asarray(lesion.center) - corner), label
 
 

@@ -184,7 +184,7 @@ def make(
             raise UserError("online synthesis by 'diffusion' needs a trained model")
         hosts = _known_hosts(trained, hosts, spacing, (low, high))
         # Whole on every device, and an argument of what is compiled, not a part of it.
-        weights = trained.generate
+        weights: Any = trained.generate
         if mesh is not None:
             weights = jax.device_put(weights, parallel.replicated(mesh))
         draw = functools.partial(
@@ -193,7 +193,7 @@ def make(
     else:
         weights = ()
         draw = functools.partial(_draw_rules, _looks(hosts, settings.get("texture") or {}))
-    priors = _stack_priors(hosts, settings.get("prior", "difftumor"), settings.get("sizes"))
+    radii, forms = _stack_priors(hosts, settings.get("prior", "difftumor"), settings.get("sizes"))
 
     def add_tumors(weights, key, image, label, where):
         if mesh is not None:
@@ -206,7 +206,7 @@ def make(
         pads = [(0, 0), *((0, max(0, c - n)) for c, n in zip(crop, patch, strict=True))]
         values = jnp.pad(image[..., 0], pads, mode="edge")
         labels = jnp.pad(label, pads)
-        place = functools.partial(_place, hosts, *priors, crop, patch, spacing)
+        place = functools.partial(_place, hosts, radii, forms, crop, patch, spacing)
         placed = jax.vmap(place)(keys, labels, where)
 
         def drawn():
@@ -437,7 +437,7 @@ def _draw_diffusion(organs, generate, keys, hu, placed, spacing, window):
     def noise(key, residual, host):
         normal, spread = online_texture.organ_statistics(residual, host, (-jnp.inf, jnp.inf))
         key = jax.random.fold_in(key, 2)
-        return online_texture.grain(key, residual, host, normal, spread, sigma)
+        return normal + online_texture.grain(key, residual, host, normal, spread, sigma)
 
     lesion += jax.vmap(noise)(keys, hu - healthy, placed.organ)
     edges = jax.vmap(

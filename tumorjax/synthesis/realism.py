@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from tumorjax import anatomy, files, volumes
 from tumorjax.errors import CaseError, UserError
 from tumorjax.pages import template
+from tumorjax.plot_style import STYLE
 from tumorjax.settings import plain
 from tumorjax.synthesis import realism_figures as figures
 from tumorjax.synthesis import realism_tests as tests
@@ -44,8 +45,10 @@ DEFAULTS: dict[str, Any] = {
     "pictures": 8,
 }
 _COLUMNS = ("case", "patient", "class", "number", "synthetic", *Measures._fields, *FEATURES)
-_DISTANCES = ("class", "quantity", "ks", "p", "n_real", "n_synthetic")
-_DISTANCES += ("median_real", "median_synthetic")
+_DISTANCES = (
+    *("class", "quantity", "ks", "p", "n_real", "n_synthetic"),
+    *("median_real", "median_synthetic"),
+)
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
@@ -156,7 +159,7 @@ def write(
             tumors += found
             counts[made].append({k: sum(t.kind == k for t in found) for k in anatomy.TUMORS})
     kinds = _kinds(tumors)
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(STYLE):
         summary = _compare(kinds, counts, options, look, real.settings["window"], folder)
     summary |= {"rejected": rejected, "request": request}
     _write_tables(folder, tumors, summary, rejected)

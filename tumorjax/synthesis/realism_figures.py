@@ -38,20 +38,6 @@ _COLORS = {False: REAL, True: SYNTHETIC}
 _DPI = 120
 _BINS = 12
 
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eceef0",
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-}
 # What a shape is compared by: its column, and its axis.
 SHAPES = {
     "minor_to_major": "minor / major axis",
@@ -221,7 +207,7 @@ def contact_sheet(kinds: Kinds, window: tuple[float, float], columns: int) -> Fi
     """
     rows = [(kind, made) for kind in kinds for made in (False, True)]
     figure = Figure(figsize=(1.25 * columns + 0.5, 2.62 * len(rows) + 0.4), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)  # type: ignore
     axes = figure.subplots(2 * len(rows), columns, squeeze=False)
     for index, (kind, made) in enumerate(rows):
         chosen = spread([t for t in kinds[kind] if t.synthetic is made], columns)

@@ -230,7 +230,10 @@ def radius_prior(
     else:
         mix = _mix(sizes)
         groups = jnp.asarray([[weight, *GROUP_RADIUS[size]] for size, weight in mix.items()])
-    return RadiusPrior(*groups.T, jnp.asarray(fit.log_radius), jnp.asarray(fit.log_radius_sd))
+    weight, low, high = groups.T
+    return RadiusPrior(
+        weight, low, high, jnp.asarray(fit.log_radius), jnp.asarray(fit.log_radius_sd)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="count")

@@ -146,7 +146,8 @@ def sample_level(
         surface). `level < 0` is the mask. Where the tumour is smaller than a voxel it may have no
         voxel; `level <= jnp.minimum(0, level.min())` has at least one.
     """
-    return level_on_grid(*lattice_level(key, radius_mm, prior), shape, spacing, centre)
+    level, extent = lattice_level(key, radius_mm, prior)
+    return level_on_grid(level, extent, shape, spacing, centre)
 
 
 def level_on_grid(
@@ -295,7 +296,8 @@ def _measured_level(key, radius, prior: MeasuredShape):
     q, r = jnp.linalg.qr(jax.random.normal(keys[2], (3, 3)))
     rotation = q * jnp.sign(jnp.diagonal(r))
     roughness = jnp.exp(prior.log_roughness + prior.log_roughness_sd * jax.random.normal(keys[3]))
-    field = functools.partial(_field, *_zonal(keys[4], roughness))
+    towards, coefficients = _zonal(keys[4], roughness)
+    field = functools.partial(_field, towards, coefficients)
     on_sphere = jnp.exp(field(jnp.asarray(_sphere(1024))))
     axes = radius * ratios / (jnp.prod(ratios) * jnp.mean(on_sphere**3)) ** (1 / 3)
     # A few per cent beyond the farthest that any direction can reach.
@@ -304,7 +306,14 @@ def _measured_level(key, radius, prior: MeasuredShape):
     position = jnp.matmul(grid, rotation, precision=jax.lax.Precision.HIGHEST) / axes
     distance = jnp.sqrt(jnp.sum(position**2, axis=-1))
     unit = position / jnp.maximum(distance, 1e-6)[..., None]
-    return distance * jnp.exp(-field(unit)) - 1, extent
+    level = distance * jnp.exp(-field(unit)) - 1
+    # Linear interpolation between the points makes a rough, long tumour smaller by some per cent.
+    # A point of the lattice counts by the part of its cell that the linear level says is inside.
+    step = 2 * extent / (_LATTICE[MeasuredShape] - 1)
+    slope = jnp.sqrt(sum((g / s) ** 2 for g, s in zip(jnp.gradient(level), step, strict=True)))
+    inside = jnp.clip(0.5 - level / (slope * jnp.min(step) + 1e-9), 0, 1)
+    volume = jnp.sum(inside) * jnp.prod(step)
+    return level, extent * (4 / 3 * jnp.pi * radius**3 / volume) ** (1 / 3)
 
 
 def _zonal(key, roughness):

@@ -196,20 +196,6 @@ def from_settings(organ: str, settings: Mapping[str, Any]) -> Synthesizer:
     return create(name, organ, **given)
 
 
-def settings_of(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns the settings of one of several named synthesizers.
-
-    Args:
-        settings: of them all; `synthesizers` maps names to what is each one's own, for instance
-            {"diffusion_8": {"synthesizer": "diffusion", "steps": 8}}. A name that is not there is
-            that of a synthesizer.
-        name: of one.
-    """
-    shared = {key: value for key, value in settings.items() if key != "synthesizers"}
-    own = dict((settings.get("synthesizers") or {}).get(name) or {"synthesizer": name})
-    return shared | {"synthesizer": name} | own
-
-
 def check_grid(synthesizer: Synthesizer, url: str, settings: Mapping[str, Any]) -> None:
     """Checks that a store has the spacing and window that a synthesizer was trained on.
 

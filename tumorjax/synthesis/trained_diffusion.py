@@ -110,11 +110,13 @@ def load(
         guidance=guidance,
     )
     x, y, z = (int(size) for size in config.training.crop)
+    across, along, through = autoencoder.spacing
+    low, high = autoencoder.window
     return TrainedDiffusion(
         generate,
         tuple(config.organs),
-        autoencoder.spacing,
-        autoencoder.window,
+        (across, along, through),
+        (low, high),
         (x, y, z),
         trained_on,
         config,

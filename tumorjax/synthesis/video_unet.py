@@ -88,14 +88,14 @@ class VideoUNet(nnx.Module):
     ):
         embedding = 4 * width
         attention = (heads, head_width)
-        conv = {"dtype": dtype, "rngs": rngs}
+        conv: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.stem = Conv(2 * latent_channels + 1, width, (1, 7, 7), **conv)
         self.stem_attention = Normed(width, AxialAttention(width, *attention, rngs=rngs))
         self.time_in = Dense(width, embedding, rngs=rngs)
         self.time_out = Dense(embedding, embedding, rngs=rngs)
         self.told = Embedding(width, embedding, organs, timed=False, rngs=rngs) if told else None
         self.position_bias = nnx.Param(normal(rngs.params(), (_BUCKETS, heads), 1.0))
-        self.down = nnx.List([])
+        self.down: nnx.List = nnx.List([])
         before = width
         for level, channels in enumerate(widths):
             shrink = level < len(widths) - 1
@@ -107,7 +107,7 @@ class VideoUNet(nnx.Module):
         self.middle_plane = Normed(before, PlaneAttention(before, *attention, rngs=rngs))
         self.middle_axis = Normed(before, AxialAttention(before, *attention, rngs=rngs))
         self.middle2 = Block(before, before, embedding, **conv)
-        self.up = nnx.List([])
+        self.up: nnx.List = nnx.List([])
         for level in reversed(range(len(widths))):
             out = widths[level - 1] if level else width
             self.up.append(
@@ -158,7 +158,7 @@ class Level(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        conv = {"dtype": dtype, "rngs": rngs}
+        conv: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.block1 = Block(in_channels, out_channels, embedding, **conv)
         self.block2 = Block(out_channels, out_channels, embedding, **conv)
         self.plane = Normed(out_channels, LinearAttention(out_channels, *attention, rngs=rngs))
@@ -190,7 +190,7 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        conv = {"dtype": dtype, "rngs": rngs}
+        conv: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.modulate = Dense(embedding, 2 * out_channels, rngs=rngs) if embedding else None
         self.conv1 = Conv(in_channels, out_channels, (1, 3, 3), **conv)
         self.norm1 = GroupNorm(out_channels, _GROUPS)
