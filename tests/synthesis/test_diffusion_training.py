@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import autoencoder as autoencoder_config
@@ -104,15 +105,19 @@ def _train(config, store, autoencoder, folder, devices=1):
     return jax.tree.map(np.asarray, state)
 
 
-def test_two_devices_train_as_one_does(store, autoencoder, tmp_path):
+def test_two_devices_train_as_one_does(store, autoencoder, tmp_path, monkeypatch):
+    # Adam divides by a gradient's size: where that is rounding alone it makes steps of it.
+    monkeypatch.setattr(diffusion_training, "optimizer", lambda training: optax.sgd(0.1))
+    diffusion_training._make_trainer.cache_clear()
     config = _config()
     one = _train(config, store, autoencoder, tmp_path / "one")
     two = _train(config, store, autoencoder, tmp_path / "two", devices=2)
     for name, value in one["ema"].items():
-        np.testing.assert_allclose(two["ema"][name], value, atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(two["ema"][name], value, atol=1e-4, err_msg=name)
     curves = [read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two")]
     for a, b in zip(*curves, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3)
+    diffusion_training._make_trainer.cache_clear()
 
 
 def test_continued_training_ends_with_the_same_bits(store, autoencoder, tmp_path, monkeypatch):
