@@ -342,7 +342,7 @@ def trained_folder(tmp_path_factory):
     config.model.widths, config.model.decoder_blocks = (4, 8, 8), (1, 1)
     config.model.latent_channels = CHANNELS
     config.training.patch_size = (16, 16, 16)
-    config.training.batch_size = 2
+    config.training.batch_size = 8
     config.training.steps = 2
     config.evaluation.batches = 1
     assert autoencoder_training.run(config, folder / "job") == 0

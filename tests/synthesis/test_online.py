@@ -248,7 +248,10 @@ def test_grain_has_the_deviation_of_the_host_and_no_vessels(rng):
         np.random.default_rng(0), image.astype(np.float32), host, np.asarray(steps), *expected
     )
     inner = ndimage.binary_erosion(host, iterations=2)
-    plain = inner & ~ndimage.binary_dilation(vessel, iterations=2)
+    # Beside outliers both have noise of their own making, which no two programs draw alike.
+    outlier = np.abs(image - expected[0]) > 0.9 * max(3 * expected[1], 25)
+    plain = inner & ~ndimage.maximum_filter(outlier | vessel, 5)
+    assert plain.sum() > 200
     assert float(np.asarray(ours)[plain].std()) == pytest.approx(theirs[plain].std(), rel=0.1)
     np.testing.assert_allclose(np.asarray(ours)[plain], theirs[plain], atol=6)
     assert abs(np.asarray(ours)[vessel & inner].mean()) < 8
