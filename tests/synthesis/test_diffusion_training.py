@@ -351,6 +351,7 @@ def trained_folder(tmp_path_factory):
 
 def test_the_job_trains_and_leaves_a_synthesizer(store, trained_folder, tmp_path, capsys, rng):
     config = _config(steps=2)
+    config.training.batch_size = 8  # a row for each of the tests' devices
     config.data.store = str(store.url)
     config.data.held_out = 0.3
     config.autoencoder = str(trained_folder)

@@ -117,10 +117,7 @@ def test_deformation_follows_its_spline(keys):
 def test_measured_masks_have_the_volume_of_their_radius(keys, organ):
     for k in keys[:25]:
         mask = shapes.tumor_mask(k, 15, (1.0, 1.0, 1.0), organ, "measured")
-        # 3.2 % of the radius is 10 % of the volume. The colon's are both long and rough, which a
-        # lattice shows less exactly.
-        limit = 0.032 if organ == "colon" else 0.015
-        assert equivalent_radius(mask) == pytest.approx(15, rel=limit)
+        assert equivalent_radius(mask) == pytest.approx(15, rel=0.015)
 
 
 @pytest.mark.parametrize("organ", shapes.MEASURED)

@@ -73,6 +73,11 @@ Shape = DifftumorShape | MeasuredShape
 # Points an axis over at most 5.5 (difftumor) or about 3 semi-axes: linear interpolation between
 # them is off by less than 0.3 % of a semi-axis, far below a voxel.
 _LATTICE = {DifftumorShape: 48, MeasuredShape: 32}
+# How often a measured shape's size is put right, and from how many voxels on: fewer than these
+# have no volume as exact as that.
+_CORRECTIONS, _CORRECTED_VOXELS = 3, 100
+# What a measured shape's volume may be off by without that.
+_VOLUME_ERROR = 0.04
 # Degrees of the roughness over the sphere. Below 3 it would move or elongate the tumour, which the
 # ellipsoid does; what is finer than the last is below the voxels of the scans that were measured.
 _DEGREES = (3, 4, 5, 6, 7, 8)
@@ -117,7 +122,19 @@ def tumor_mask(
     # Where between two voxel centres the tumour's middle lies. Far from the indices that the
     # shape's own keys are split by.
     offset = _grid_offset(jax.random.fold_in(key, 1 << 20))
-    return _voxelize(np.asarray(level), np.asarray(extent, np.float64), steps, np.asarray(offset))
+    level, size, offset = np.asarray(level), np.asarray(extent, np.float64), np.asarray(offset)
+    mask = _voxelize(level, size, steps, offset)
+    if not isinstance(numbers, MeasuredShape):
+        return mask
+    # Of a rough shape loose pieces are left out: what stays grows to the volume asked for.
+    wanted = 4 / 3 * np.pi * radius**3 / np.prod(steps)
+    for _ in range(_CORRECTIONS if wanted >= _CORRECTED_VOXELS else 0):
+        ratio = float(wanted / np.count_nonzero(mask))
+        if abs(ratio - 1) <= _VOLUME_ERROR:
+            break
+        size = size * ratio ** (1 / 3)
+        mask = _voxelize(level, size, steps, offset)
+    return mask
 
 
 def sample_level(
@@ -134,7 +151,8 @@ def sample_level(
     `jax.tree.map(lambda *n: jnp.stack(n), *priors)`.
 
     Args:
-        key: jax.random key; the same key gives the same shape on every grid, `tumor_mask`'s.
+        key: jax.random key; the same key gives the same shape on every grid, `tumor_mask`'s (but
+            where that leaves loose pieces out).
         radius_mm: radius in mm, as of `tumor_mask`.
         prior: from `shape_prior`.
         shape: voxels of the grid, static.
