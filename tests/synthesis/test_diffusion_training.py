@@ -12,6 +12,7 @@ from configs import autoencoder as autoencoder_config
 from configs.diffusion import get_config
 from tumorjax import parallel
 from tumorjax.clock import Clock
+from tumorjax.data.seen import digest
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv
 from tumorjax.synthesis import (
@@ -370,9 +371,9 @@ def test_the_job_trains_and_leaves_a_synthesizer(store, trained_folder, tmp_path
     assert with_tumor.shape == without.shape == (3, 16, 16, 16, 1)
     # Both networks' patients, without those that were held out.
     seen = set(trained.trained_on["patients"])
-    assert len(seen & set("xyz")) == 2
-    assert len(seen & set("abcdef")) == 4
-    assert "healthy" not in seen
+    assert len(seen & {digest(patient) for patient in "xyz"}) == 2
+    assert len(seen & {digest(patient) for patient in "abcdef"}) == 4
+    assert digest("healthy") not in seen
 
     with pytest.raises(UserError, match="does not suit"):
         trained_diffusion.load(folder, sampler="ddim")
