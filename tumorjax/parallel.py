@@ -1,10 +1,15 @@
 """The mesh, and the rules that say which array lies where on it.
 
-Axes: "cell" (independent cells of the grid side by side), "data" (the batch), "fsdp" (parameters),
-"space" (a volume's first axis). Everything that is sharded goes through the rules below and
-`jax.jit` with NamedSharding; no other module names an axis.
+Axes: "cell" (independent cells of the grid side by side), "data" (the batch), "fsdp" (the batch as
+well, and parameters with what the optimizer keeps of them), "space" (a volume's first axis).
+Everything that is sharded goes through `RULES` and `jax.jit` with NamedSharding; no other module
+names an axis.
+
+Arrays of cells that advance together are stacked: they have one axis more in front, over "cell",
+and the same rules for the others. docs/parallel.md says which axis helps when.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,21 +17,33 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from tumorjax.errors import UserError
 
 AXES = ("cell", "data", "fsdp", "space")
+# What can be spread over slices of a machine (TPU slices, GPU nodes) without being asked for: their
+# network carries a gradient once a step, but neither a halo nor the weights of every layer.
+SLICE_AXES = ("cell", "data")
+# Samples are spread over both: with "fsdp" each device gathers the weights as it needs them, and
+# would otherwise compute what its neighbour computes.
+ROWS = ("data", "fsdp")
 
-# First match wins; names are those of models.functional. A spec is for the last axes of the array;
-# an axis that does not divide stays whole.
-PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"\.kernel$", PartitionSpec(None, "fsdp")),
-    (r".*", PartitionSpec()),
+# (kind of array, pattern of the parameter's name, what is tried in turn). A spec of a parameter is
+# for the last axes of its array, others for the first ones; the first whose every axis divides is
+# taken, and an array that none fits is whole on every device. Kinds: "state" (parameters, and what
+# an optimizer keeps under their names), "batch" [b, x, y, z, ...], "sample" [b, ...] (values of a
+# sample that are no volume), "sums" [b, classes, ...].
+RULES: tuple[tuple[str, str, tuple[PartitionSpec, ...]], ...] = (
+    # [.., in, out]: by outputs, or where there are few, as in a head, by inputs.
+    ("state", r"\.kernel$", (PartitionSpec(None, "fsdp"), PartitionSpec("fsdp", None))),
+    ("state", r"", (PartitionSpec(),)),
+    ("batch", r"", (PartitionSpec(ROWS, "space"),)),
+    ("sample", r"", (PartitionSpec(ROWS),)),
+    ("sums", r"", (PartitionSpec(ROWS, "space"), PartitionSpec(ROWS))),
 )
-BATCH = PartitionSpec("data", "space")
-SAMPLES = PartitionSpec("data")
 
 
 def start_processes(settings: Mapping[str, Any]) -> None:
@@ -66,33 +83,54 @@ def split_cpu(devices: int) -> None:
         return
 
 
+# ---------------------------------------------------------------------------- the mesh
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays the devices out along the axes.
+    """Lays the devices out along the axes, neighbours on the machine's network side by side.
+
+    Where the devices are of several slices, these lie along "cell" as far as it divides, then along
+    "data"; "fsdp" and "space" stay within a slice unless `sizes` puts slices along them.
 
     Args:
         sizes: axis name -> devices along it; one may be -1 for all that are left. Axes that are
-            not named have size 1.
+            not named have size 1. "dcn_" and an axis -> how many slices lie along it, for one who
+            wants them elsewhere; then all of them are to be given.
         devices: those to use; None for all.
 
     Raises:
-        UserError: an axis is unknown, or the sizes do not divide the devices.
+        UserError: an axis is unknown, or the sizes do not divide the devices or the slices. Says
+            which would.
     """
     devices = list(devices if devices is not None else jax.devices())
-    unknown = sorted(set(sizes) - set(AXES))
-    if unknown:
-        raise UserError(f"mesh has the unknown axis {unknown[0]!r}. Expected {', '.join(AXES)}")
-    shape = [int(sizes.get(axis, 1)) for axis in AXES]
-    if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
-        raise UserError(f"mesh sizes are {dict(sizes)}: expected positive sizes, at most one -1")
-    fixed = int(np.prod([size for size in shape if size != -1]))
-    if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
-        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    across = {name: f"dcn_{name}" for name in AXES}
+    if unknown := sorted(set(sizes) - set(AXES) - set(across.values())):
         raise UserError(
-            f"mesh sizes {dict(sizes)} need {'a multiple of ' if -1 in shape else ''}{fixed}"
-            f" devices and there are {len(devices)}. Sizes that divide are {divisors}"
+            f"mesh has the unknown axis {unknown[0]!r}. Expected {', '.join(AXES)}, or one of them"
+            " with dcn_ in front"
         )
-    shape = [len(devices) // fixed if size == -1 else size for size in shape]
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+    shape = _shape({axis: int(sizes.get(axis, 1)) for axis in AXES}, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    wanted = [int(sizes.get(across[axis], 1)) for axis in AXES]
+    outer = wanted if math.prod(wanted) > 1 else _slices_along(shape, slices)
+    if any(n < 1 or size % n for size, n in zip(shape, outer, strict=True)) or (
+        math.prod(outer) != slices
+    ):
+        named = ", ".join(f"{a} {size}" for a, size in zip(AXES, shape, strict=True))
+        raise UserError(
+            f"the devices are of {slices} slices, which do not divide over the mesh {named}:"
+            f" {dict(zip(AXES, outer, strict=True))} would be {math.prod(outer)} of them. Make"
+            f" mesh.cell times mesh.data a multiple of {slices}, or say with mesh.dcn_cell,"
+            " dcn_data, dcn_fsdp and dcn_space how many slices lie along each axis"
+        )
+    if slices == 1:
+        laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        inner = [size // n for size, n in zip(shape, outer, strict=True)]
+        laid_out = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    return Mesh(laid_out, AXES)
 
 
 def split_cells(mesh: Mesh) -> list[Mesh]:
@@ -100,86 +138,233 @@ def split_cells(mesh: Mesh) -> list[Mesh]:
     return [Mesh(mesh.devices[index : index + 1], AXES) for index in range(mesh.shape["cell"])]
 
 
+def local_mesh(mesh: Mesh) -> Mesh:
+    """Returns the part of a mesh that is this process's devices, for work that it does by itself.
+
+    Raises:
+        UserError: its devices are no block of the mesh.
+    """
+    try:
+        return mesh.local_mesh
+    except ValueError as error:
+        raise UserError(
+            f"the devices of process {jax.process_index()} are no block of the mesh"
+            f" {dict(mesh.shape)}. Choose sizes that divide by those of a process"
+        ) from error
+
+
+def own_cells(mesh: Mesh) -> list[int]:
+    """Returns the positions along "cell" at which this process has devices."""
+    return _positions(mesh, ("cell",))
+
+
+def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Returns the rows of a batch that lie on this process's devices, which it has to load.
+
+    Args:
+        mesh: of the job.
+        batch_size: rows of the whole batch, over all processes; of one cell if stacked.
+
+    Raises:
+        UserError: the rows do not divide over the devices.
+    """
+    _check_rows(mesh, batch_size)
+    each = batch_size // rows(mesh)
+    return [p * each + i for p in _positions(mesh, ROWS) for i in range(each)]
+
+
+def rows(mesh: Mesh) -> int:
+    """Over how many devices a batch's samples are spread."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+# ---------------------------------------------------------------------------- shardings
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch [b, x, y, z, ...]: samples over "data", x over "space"."""
-    return NamedSharding(mesh, BATCH)
+def by_cell(mesh: Mesh) -> NamedSharding:
+    """The sharding of one value a cell [cells, ...]: over "cell"."""
+    return NamedSharding(mesh, PartitionSpec("cell"))
 
 
-def sample_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of one value a sample [b]: over "data"."""
-    return NamedSharding(mesh, SAMPLES)
+def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
+    """The sharding of a batch [b, x, y, z, ...]: samples over "data" and "fsdp", x over "space"."""
+    return NamedSharding(mesh, _stacked(_rule("batch")[0], stacked))
+
+
+def sample_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
+    """The sharding of one value a sample [b]: over "data" and "fsdp"."""
+    return NamedSharding(mesh, _stacked(_rule("sample")[0], stacked))
 
 
 def by_class(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of [b, classes, ...]: b over "data", classes over "space" where they divide."""
-    split = shape[1] % mesh.shape["space"] == 0
-    return NamedSharding(mesh, BATCH if split else SAMPLES)
+    """The sharding of [b, classes, ...]: b as samples, classes over "space" where they divide."""
+    specs = _rule("sums")
+    return NamedSharding(mesh, next((s for s in specs if _divides(s, shape, mesh)), specs[-1]))
 
 
-def parameter_shardings(mesh: Mesh, parameters: Mapping[str, Array]) -> dict[str, NamedSharding]:
-    """The sharding of each parameter, by `PARAMETER_RULES`."""
-    return {
-        name: NamedSharding(mesh, _fitting(_rule(name), tuple(np.shape(value)), mesh))
-        for name, value in parameters.items()
-    }
-
-
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh, state: Any, *, stacked: bool = False) -> Any:
     """The sharding of a training state: whatever is shaped like a parameter lies with it.
 
     Args:
         mesh: of the job.
         state: a pytree that holds dictionaries of arrays under parameters' names.
+        stacked: every array has the cells in front.
+
+    Raises:
+        UserError: the cells do not divide over the devices along "cell".
     """
 
     def of(path, value):
         name = next((str(key.key) for key in reversed(path) if hasattr(key, "key")), "")
-        return NamedSharding(mesh, _fitting(_rule(name), tuple(np.shape(value)), mesh))
+        shape = tuple(np.shape(value))
+        if stacked:
+            _check_cells(mesh, shape[0], f"the state's {name}")
+        spec = _fitting(_rule("state", name), shape[1:] if stacked else shape, mesh)
+        return NamedSharding(mesh, _stacked(spec, stacked))
 
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+def put_batch(
+    mesh: Mesh, batch: Mapping[str, np.ndarray], *, stacked: bool = False
+) -> dict[str, Array]:
     """Moves this process's share of a batch onto its devices.
 
+    Args:
+        mesh: of the job.
+        batch: arrays [b, ...] of the rows that `batch_rows` names, in their order; or
+            [cells, b, ...] of those cells that `own_cells` names. x is whole.
+        stacked: the cells are in front.
+
+    Returns:
+        The batch of all processes.
+
     Raises:
-        UserError: the batch does not divide by the devices along "data", or x along "space".
+        UserError: the batch does not divide by the devices along "data" and "fsdp", the cells by
+            those along "cell", or x by those along "space".
     """
+    placed = {}
     for name, array in batch.items():
-        size = array.shape[0] * jax.process_count()
+        whole, inner = list(array.shape), int(stacked)
+        if stacked:
+            whole[0] = array.shape[0] * mesh.shape["cell"] // len(own_cells(mesh))
+            _check_cells(mesh, whole[0], name)
+        whole[inner] = array.shape[inner] * rows(mesh) // len(_positions(mesh, ROWS))
         # Values of a sample that are no volume, such as its organ, have no first spatial axis.
-        length = array.shape[1] if array.ndim > 1 else 0
-        if size % mesh.shape["data"] or length % mesh.shape["space"]:
+        is_volume = array.ndim > inner + 1
+        _check_rows(mesh, whole[inner], name, tuple(whole))
+        if is_volume and whole[inner + 1] % mesh.shape["space"]:
             raise UserError(
-                f"{name} of shape {(size, *array.shape[1:])} does not divide over"
-                f" {mesh.shape['data']} devices along 'data' and {mesh.shape['space']} along"
-                " 'space'. Change training.batch_size, training.patch_size or the mesh"
+                f"{name} of shape {tuple(whole)}: {whole[inner + 1]} voxels along x do not divide"
+                f" over {mesh.shape['space']} devices along 'space'. Change training.patch_size,"
+                f" or mesh.space to one of {_divisors(whole[inner + 1])}"
             )
-    return {
-        name: jax.make_array_from_process_local_data(
-            batch_sharding(mesh) if array.ndim > 1 else sample_sharding(mesh), array
+        sharding = (batch_sharding if is_volume else sample_sharding)(mesh, stacked=stacked)
+        placed[name] = jax.make_array_from_process_local_data(sharding, array, tuple(whole))
+    return placed
+
+
+# ---------------------------------------------------------------------------- inside
+
+
+def _shape(sizes: dict[str, int], count: int) -> list[int]:
+    """Returns the sizes with the -1 filled in."""
+    shape = list(sizes.values())
+    if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
+        raise UserError(f"mesh sizes are {sizes}: expected positive sizes, at most one -1")
+    fixed = math.prod(size for size in shape if size != -1)
+    if count % fixed or (-1 not in shape and fixed != count):
+        open_ended = -1 in shape
+        fits = []
+        for axis, size in sizes.items():
+            others = fixed // size if size > 0 else fixed
+            if size > 1 and count % others == 0:
+                found = _divisors(count // others) if open_ended else [count // others]
+                fits.append(f"mesh.{axis} {' or '.join(map(str, found))}")
+        if not open_ended and count % fixed == 0:
+            fits.append("-1 for one axis, which then takes the rest")
+        # Where no single axis can mend it.
+        fits = fits or [f"sizes whose product divides {count}: {_divisors(count)}"]
+        named = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise UserError(
+            f"mesh sizes {named} need {'a multiple of ' if open_ended else ''}{fixed} devices and"
+            f" there are {count}. What would fit: {'; '.join(fits)}"
         )
-        for name, array in batch.items()
-    }
+    return [count // fixed if size == -1 else size for size in shape]
 
 
-def _rule(name: str) -> PartitionSpec:
-    return next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name))
+def _slices_along(shape: Sequence[int], slices: int) -> list[int]:
+    """Returns how many slices lie along each axis where nothing is asked for."""
+    outer, left = [], slices
+    for axis, size in zip(AXES, shape, strict=True):
+        outer.append(math.gcd(size, left) if axis in SLICE_AXES else 1)
+        left //= outer[-1]
+    return outer
 
 
-def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Aligns a spec with the last axes of an array and drops what does not divide."""
-    if len(spec) > len(shape):
-        return PartitionSpec()
-    names = (None,) * (len(shape) - len(spec)) + tuple(spec)
-    return PartitionSpec(
-        *(
-            name if name and mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None
-            for name, size in zip(names, shape, strict=True)
+def _positions(mesh: Mesh, axes: Sequence[str]) -> list[int]:
+    """Returns where along some axes, as if they were one, this process has devices."""
+    moved = np.moveaxis(mesh.devices, [AXES.index(axis) for axis in axes], range(len(axes)))
+    lines = moved.reshape(math.prod(moved.shape[: len(axes)]), -1)
+    here = jax.process_index()
+    return [i for i, line in enumerate(lines) if any(d.process_index == here for d in line)]
+
+
+def _check_rows(
+    mesh: Mesh, count: int, name: str = "the batch", shape: tuple[int, ...] | None = None
+) -> None:
+    if count % rows(mesh):
+        raise UserError(
+            f"{name}{f' of shape {shape}' if shape else ''}: {count} samples do not divide over"
+            f" {rows(mesh)} devices, {mesh.shape['data']} along 'data' times {mesh.shape['fsdp']}"
+            f" along 'fsdp'. Make training.batch_size a multiple of {rows(mesh)}, or mesh.data"
+            f" times mesh.fsdp one of {_divisors(count)}"
         )
-    )
+
+
+def _check_cells(mesh: Mesh, count: int, name: str) -> None:
+    if count % mesh.shape["cell"]:
+        raise UserError(
+            f"{name}: {count} cells do not divide over {mesh.shape['cell']} devices along 'cell'."
+            f" Make mesh.cell one of {_divisors(count)}"
+        )
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _rule(kind: str, name: str = "") -> tuple[PartitionSpec, ...]:
+    return next(specs for of, pattern, specs in RULES if of == kind and re.search(pattern, name))
+
+
+def _stacked(spec: PartitionSpec, stacked: bool) -> PartitionSpec:
+    return PartitionSpec("cell", *spec) if stacked else spec
+
+
+def _size(mesh: Mesh, names: Any) -> int:
+    """Returns over how many devices an entry of a spec spreads an axis."""
+    names = names if isinstance(names, tuple) else (names,) if names else ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _divides(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> bool:
+    return all(size % _size(mesh, names) == 0 for names, size in zip(spec, shape, strict=False))
+
+
+def _fitting(specs: Sequence[PartitionSpec], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns the first spec that divides an array's last axes, without axes of size 1."""
+    for spec in specs:
+        if len(spec) > len(shape):
+            continue
+        names = (None,) * (len(shape) - len(spec)) + tuple(spec)
+        spread = [_size(mesh, name) for name in names]
+        if math.prod(spread) > 1 and all(n % by == 0 for n, by in zip(shape, spread, strict=True)):
+            split = zip(names, spread, strict=True)
+            return PartitionSpec(*(name if by > 1 else None for name, by in split))
+    return PartitionSpec()

@@ -388,8 +388,8 @@ def test_a_mesh_gives_what_one_device_gives(rng, sizes, batch_size, classes):
 
 def test_tiles_and_sums_lie_where_the_mesh_says():
     mesh = parallel.make_mesh({"data": 2, "space": 4})
-    assert parallel.by_class(mesh, (2, 8, 5)).spec == PartitionSpec("data", "space")
-    assert parallel.by_class(mesh, (2, 7, 5)).spec == PartitionSpec("data")
+    assert parallel.by_class(mesh, (2, 8, 5)).spec == PartitionSpec(("data", "fsdp"), "space")
+    assert parallel.by_class(mesh, (2, 7, 5)).spec == PartitionSpec(("data", "fsdp"))
 
 
 def test_the_loop_is_one_batch_ahead_of_the_device(rng, monkeypatch):

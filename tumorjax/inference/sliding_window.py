@@ -109,17 +109,17 @@ def predict(
         overlap: the least share of a tile that the next one covers again, in [0, 1).
         mirror_axes: the axes (0, 1, 2) whose flips are averaged: 2^len(mirror_axes) times the
             work.
-        batch_size: tiles a forward pass, of each position along the mesh's "data". A batch that
-            is not full is filled up with a repeated tile.
+        batch_size: tiles a forward pass, of each position along the mesh's "data" and "fsdp". A
+            batch that is not full is filled up with a repeated tile.
         mirror_table: class index after mirroring across x, see `anatomy.mirror_table`; needed
             where the task tells left organs from right ones and 0 is in `mirror_axes`.
         skip_air: leaves out tiles that hold nothing but air (no voxel above 0). Voxels that only
             such tiles cover become background with certainty; voxels outside all of these tiles
             are what they are without this setting, up to the order of summation.
         output: "probabilities" (softmax of the mean logits) or "logits".
-        mesh: devices of this process. Tiles are split over "data"; over "space" each tile's x
-            axis is split within the network, and the sums by class. None: the device that
-            `apply`'s weights lie on.
+        mesh: devices of this process. Tiles are split over "data" and "fsdp"; over "space"
+            each tile's x axis is split within the network, and the sums by class. None: the device
+            that `apply`'s weights lie on.
 
     Returns:
         [x, y, z, classes+1] float32. The class axis is the outermost in memory, so that one
@@ -184,7 +184,7 @@ def predict_planes(
     table = None if mirror_table is None else np.asarray(mirror_table, np.int32)
     share = gaussian_weights(patch) / np.float32(len(flips))
     forward = _forward(apply, mesh)
-    lanes = 1 if mesh is None else mesh.shape["data"]
+    lanes = 1 if mesh is None else parallel.rows(mesh)
     size = batch_size * lanes
     batch_like = jax.ShapeDtypeStruct((size, *patch, 1), jnp.float32)
     # Its own, since no compiled function with compiler options may be part of another.
@@ -365,7 +365,7 @@ def _flipped(x: Array, flip: Bool[Array, "3"]) -> Array:
 
 
 # ---------------------------------------------------------------------------- sums
-# [lanes, classes+1, x, y, z]: each position along the mesh's "data" sums tiles of its own.
+# [lanes, classes+1, x, y, z]: each position along the mesh's rows sums tiles of its own.
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
@@ -389,7 +389,7 @@ def _add(
     if mesh is None:
         return add(sums, logits, starts, valid)
     spec = parallel.by_class(mesh, sums.shape).spec
-    samples = parallel.SAMPLES
+    samples = parallel.sample_sharding(mesh).spec
     return jax.shard_map(add, mesh=mesh, in_specs=(spec, spec, samples, samples), out_specs=spec)(
         sums, logits, starts, valid
     )
