@@ -12,6 +12,7 @@ any, only say where crops lie (training.centered). WORKDIR has the network, qual
 from ml_collections import ConfigDict
 
 from configs import scaling
+from tumorjax import processes
 
 VARIANTS = ("virtual", "paper")
 
@@ -86,7 +87,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.evaluation.batches = 32  # of crops that quality and the latents' scale are measured on
 
     config.mesh = ConfigDict({"cell": 1, "data": -1, "fsdp": 1, "space": 1})
-    config.processes = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
+    config.processes = ConfigDict(processes.DEFAULTS)  # that train together
 
     if variant == "paper":
         _paper(config)

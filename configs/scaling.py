@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from data_prep import virtual_abdomen
+from tumorjax import processes
 from tumorjax.data import augmentation
 from tumorjax.evaluation import settings as evaluation
 
@@ -130,7 +131,8 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.report.samples = 2  # test scans of each split that are shown
 
     config.mesh = ConfigDict({"cell": -1, "data": 1, "fsdp": 1, "space": 1})
-    config.processes = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
+    # Processes that train together, see tumorjax/cluster.py: coordinator "" for one process alone.
+    config.processes = ConfigDict(processes.DEFAULTS)
 
     if variant == "virtual_large":
         _virtual_large(config)

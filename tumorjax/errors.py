@@ -1,4 +1,4 @@
-"""The two errors that a user can cause. All others are defects of tumorjax."""
+"""Errors that are no defects of tumorjax: what a user can cause, and what befalls a job."""
 
 
 class UserError(Exception):
@@ -23,3 +23,11 @@ class CaseError(Exception):
     def __reduce__(self):
         # Exceptions cross process borders by their arguments.
         return type(self), (self.case, self.found, self.action)
+
+
+class Preempted(Exception):
+    """The machine is about to be taken away, and what there was is saved: exit code 75."""
+
+
+class Lost(Exception):
+    """Another process of the job is gone or stuck: exit code 69."""

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -11,8 +12,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from tumorjax import compilation_cache
-from tumorjax.errors import CaseError, UserError
+from tumorjax import compilation_cache, processes
+from tumorjax.errors import CaseError, Lost, Preempted, UserError
+from tumorjax.heartbeat import LOST, PREEMPTED
+from tumorjax.training import preemption
 
 JOBS = {
     "scaling": "tumorjax.scaling.study",
@@ -36,7 +39,16 @@ JOB is one of {", ".join(JOBS)}. Its config file says what it does, its variants
 keys. Results go to DIR (default runs/JOB); run again, a job goes on where it stopped.
 Compiled programs are kept in ~/.cache/tumorjax; --compilation_cache= keeps none.
 Exit codes: 0 all done; 1 finished, with cases set aside (DIR/rejected.csv); 2 wrong use;
-3 a defect of tumorjax, with its traceback."""
+3 a defect of tumorjax, with its traceback; {PREEMPTED} told to stop (SIGTERM, SIGUSR1 or
+SIGUSR2), and saved; {LOST} another process of the job is gone. After these two, the same
+command goes on where it stopped."""
+
+_CODES: dict[type[Exception], int] = {
+    UserError: 2,
+    CaseError: 2,
+    Lost: LOST,
+    Preempted: PREEMPTED,
+}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT if any.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; default runs/JOB.")
@@ -67,27 +79,35 @@ def main(argv: list[str]) -> int:
     cache = _CACHE.value
     compilation_cache.keep(compilation_cache.default_folder() if cache is None else cache)
     job = importlib.import_module(JOBS[config.job])
-    return job.run(config, workdir) or 0
+    settings = processes.DEFAULTS | dict(config.get("processes", {}))
+    with preemption.watch(settings["grace_seconds"]):
+        code = job.run(config, workdir) or 0
+        processes.end()
+    return code
 
 
 def entry() -> None:
     """Runs a job.
 
-    Exit code 0: done; 1: done, some cases set aside; 2: wrong use, in one line; 3: a defect of
-    tumorjax, with its traceback.
+    Exit codes are those of `USAGE`.
     """
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         print(USAGE)
         return
     try:
         app.run(main, flags_parser=_parse)
-    except (UserError, CaseError) as error:
-        print(f"tumorjax: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception:
+    except KeyboardInterrupt as error:
+        processes.fail(error, 128 + signal.SIGINT, "tumorjax: interrupted")
+        raise
+    except Exception as error:
+        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), 3)
         # Python itself would exit with 1, which here means that cases were set aside.
-        traceback.print_exc()
-        sys.exit(3)
+        message = traceback.format_exc().rstrip() if code == 3 else f"tumorjax: {error}"
+        if code in (LOST, PREEMPTED):
+            message += ". Run the same command again: it goes on from there"
+        processes.fail(error, code, message)
+        print(message, file=sys.stderr)
+        sys.exit(code)
 
 
 def _parse(arguments: list[str]) -> list[str]:

@@ -46,24 +46,6 @@ RULES: tuple[tuple[str, str, tuple[PartitionSpec, ...]], ...] = (
 )
 
 
-def start_processes(settings: Mapping[str, Any]) -> None:
-    """Joins the processes of a job, if `settings.coordinator` says that there are several.
-
-    Args:
-        settings: coordinator ("host:port", "" for one process, "auto" where the cluster tells),
-            num_processes and process_id.
-    """
-    coordinator = settings.get("coordinator", "")
-    if not coordinator or jax.distributed.is_initialized():
-        return
-    if coordinator == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(
-            coordinator, settings.get("num_processes"), settings.get("process_id")
-        )
-
-
 def split_cpu(devices: int) -> None:
     """Lets JAX show a CPU as several devices, which share its cores.
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data_prep.prepared_store import prepared_store
-from tumorjax import anatomy, parallel
+from tumorjax import anatomy, parallel, processes
 from tumorjax.clock import Clock
 from tumorjax.data import crops
 from tumorjax.errors import UserError
@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
             number.
     """
     workdir = Path(workdir)
-    parallel.start_processes(config.processes)
+    processes.start(config.processes)
     # Refused before scans are prepared.
     build(config)
     check_training(config)

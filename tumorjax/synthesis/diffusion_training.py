@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data_prep.prepared_store import prepared_store
-from tumorjax import parallel
+from tumorjax import parallel, processes
 from tumorjax.anatomy import HOST
 from tumorjax.clock import Clock
 from tumorjax.errors import UserError
@@ -265,7 +265,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         UserError: the config is wrong, there is nothing to train on, or the loss is no number.
     """
     workdir = Path(workdir)
-    parallel.start_processes(config.processes)
+    processes.start(config.processes)
     _check(config)
     clock = Clock()
     autoencoder = _own_autoencoder(config, workdir)

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from tumorjax import models, parallel
+from tumorjax import models, parallel, processes
 from tumorjax.anatomy import mirror_table
 from tumorjax.clock import Clock
 from tumorjax.data import augmentation, crops, seen
@@ -308,7 +308,7 @@ def check_grid_of(store: Store, preparation: ConfigDict) -> None:
 def run(config: ConfigDict, workdir: Path) -> int:
     """The job "segmentation": trains one segmenter on the cases of a store."""
     done = workdir / "done.json"
-    parallel.start_processes(config.processes)
+    processes.start(config.processes)
     if not config.data.store:
         raise UserError("data.store is empty. Give the store that the preparation job wrote")
     store = open_store(config.data.store)
