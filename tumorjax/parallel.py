@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -30,6 +30,8 @@ SLICE_AXES = ("cell", "data")
 # Samples are spread over both: with "fsdp" each device gathers the weights as it needs them, and
 # would otherwise compute what its neighbour computes.
 ROWS = ("data", "fsdp")
+# One entry a cell, in front.
+CELLS = PartitionSpec("cell")
 
 # (kind of array, pattern of the parameter's name, what is tried in turn). A spec of a parameter is
 # for the last axes of its array, others for the first ones; the first whose every axis divides is
@@ -140,6 +142,16 @@ def own_cells(mesh: Mesh) -> list[int]:
     return _positions(mesh, ("cell",))
 
 
+def processes_of(mesh: Mesh) -> list[int]:
+    """Returns the processes that have devices of a mesh, in order."""
+    return sorted({device.process_index for device in mesh.devices.flat})
+
+
+def first_process(mesh: Mesh) -> int:
+    """Returns the process that writes the files of what is done on a mesh."""
+    return processes_of(mesh)[0]
+
+
 def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Returns the rows of a batch that lie on this process's devices, which it has to load.
 
@@ -170,7 +182,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_cell(mesh: Mesh) -> NamedSharding:
     """The sharding of one value a cell [cells, ...]: over "cell"."""
-    return NamedSharding(mesh, PartitionSpec("cell"))
+    return NamedSharding(mesh, CELLS)
 
 
 def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
@@ -249,6 +261,71 @@ def put_batch(
         sharding = (batch_sharding if is_volume else sample_sharding)(mesh, stacked=stacked)
         placed[name] = jax.make_array_from_process_local_data(sharding, array, tuple(whole))
     return placed
+
+
+# ---------------------------------------------------------------------------- cells
+
+
+def stack_cells(mesh: Mesh, states: Mapping[int, Any]) -> Any:
+    """Stacks states of cells that lie on their own parts of the mesh. Nothing leaves its device.
+
+    Args:
+        mesh: of all cells.
+        states: position along "cell" -> state as `state_shardings` lays it out on that part, of
+            all positions of `own_cells`.
+
+    Returns:
+        the state with the cells in front, as `state_shardings(..., stacked=True)` has it.
+    """
+    first = next(iter(states.values()))
+    like = jax.tree.map(lambda x: np.broadcast_to(0, (mesh.shape["cell"], *x.shape)), first)
+
+    def stack(sharding: NamedSharding, like: Any, *cells: Array) -> Array:
+        shards = [shard.data[None] for cell in cells for shard in cell.addressable_shards]
+        return jax.make_array_from_single_device_arrays(like.shape, sharding, shards)
+
+    shardings = state_shardings(mesh, like, stacked=True)
+    return jax.tree.map(stack, shardings, like, *states.values())
+
+
+def cell_state(mesh: Mesh, stacked: Any, position: int) -> Any:
+    """Returns one cell's state of a stacked one, on the cell's own part of the mesh.
+
+    Args:
+        mesh: of all cells.
+        stacked: see `stack_cells`.
+        position: along "cell", one of `own_cells`.
+    """
+    place = split_cells(mesh)[position]
+
+    def part(array: Array) -> Array:
+        spec = cast(NamedSharding, array.sharding).spec
+        sharding = NamedSharding(place, PartitionSpec(*spec[1:]))
+        # Of a single cell the index is slice(None).
+        shards = [s for s in array.addressable_shards if (s.index[0].start or 0) == position]
+        shards = [shard.data[0] for shard in shards]
+        return jax.make_array_from_single_device_arrays(array.shape[1:], sharding, shards)
+
+    return jax.tree.map(part, stacked)
+
+
+def cell_values(mesh: Mesh, stacked: Mapping[str, Array]) -> dict[int, dict[str, float]]:
+    """Returns the numbers of this process's cells.
+
+    Args:
+        mesh: of all cells.
+        stacked: name -> [cells], over "cell".
+
+    Returns:
+        position along "cell" -> name -> number.
+    """
+    found: dict[int, dict[str, float]] = {position: {} for position in own_cells(mesh)}
+    for name, array in stacked.items():
+        for shard in array.addressable_shards:
+            first = shard.index[0].start or 0
+            for offset, value in enumerate(np.asarray(shard.data)):
+                found[first + offset][name] = float(value)
+    return found
 
 
 # ---------------------------------------------------------------------------- inside

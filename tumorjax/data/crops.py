@@ -110,6 +110,7 @@ def loader(
     start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
     prefetch: int = 4,
     final_patch_size: Sequence[int] | None = None,
@@ -135,6 +136,7 @@ def loader(
         start: number of the first batch.
         process_index: this process among those that share each batch.
         process_count: how many there are. Process p makes the p-th block of rows.
+        rows: of each batch that this process makes, instead of that block; ascending.
         threads: that read batches ahead; 0 reads each when it is asked for.
         prefetch: batches held ready.
         final_patch_size: voxels that remain after augmentation; `patch_size` if None. Crops may
@@ -182,7 +184,9 @@ def loader(
         rows=range(
             process_index * batch_size // process_count,
             (process_index + 1) * batch_size // process_count,
-        ),
+        )
+        if rows is None
+        else tuple(rows),
         first_centered=round(batch_size * (1 - foreground)),
         seed=seed,
         hosts=None if hosts is None else frozenset(hosts),
@@ -250,7 +254,7 @@ class _Batches:
         patch: Voxel,
         final_patch: Voxel,
         batch_size: int,
-        rows: range,
+        rows: Sequence[int],
         first_centered: int,
         seed: int,
         hosts: frozenset[int] | None,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
@@ -24,6 +25,7 @@ from tumorjax.files import write_json_atomic
 from tumorjax.models import convolution
 from tumorjax.settings import plain
 from tumorjax.training import checkpoints, finetuning, loop, losses, schedules
+from tumorjax.training.side_by_side import stacked_step
 from tumorjax.volumes import Store, open_store
 
 SECTIONS = ("seed", "task", "preparation", "model", "training", "augmentation", "inference", "mesh")
@@ -57,12 +59,14 @@ class Segmenter(NamedTuple):
 
     Attributes:
         init: seed -> initial state on the mesh.
-        step: (state, batch) -> (state, scalars); jitted, takes the state over.
+        step: (state, batch) -> (state, scalars); jitted, takes the state over. Of stacked cells
+            (state, batch, active [cells]) -> (state, scalars [cells]): a cell that is not active,
+            or whose loss is no number, keeps its state.
         apply: (parameters, x) -> logits of the finest level.
     """
 
     init: Callable[[int], dict[str, Any]]
-    step: loop.Step
+    step: Callable[..., tuple[dict[str, Any], dict[str, Array]]]
     apply: Callable[[dict[str, Array], Array], Array]
 
 
@@ -101,7 +105,9 @@ def check_network(config: ConfigDict) -> None:
         ) from error
 
 
-def make_segmenter(config: ConfigDict, mesh: Mesh, transform: Transform | None = None) -> Segmenter:
+def make_segmenter(
+    config: ConfigDict, mesh: Mesh, transform: Transform | None = None, *, stacked: bool = False
+) -> Segmenter:
     """Returns the compiled pieces for a configuration; equal ones share them.
 
     Args:
@@ -109,14 +115,17 @@ def make_segmenter(config: ConfigDict, mesh: Mesh, transform: Transform | None =
         mesh: of the devices to train on.
         transform: of the batch in each step; batches then have "implant", the rows it may change.
             Only the same one shares what is compiled.
+        stacked: the step is that of one cell at each position along the mesh's "cell", which share
+            nothing: their states and batches have the cells in front. `init` still makes the state
+            of one cell, on any mesh.
     """
     values = section(config)
     values.pop("seed")
-    return _make_segmenter(json.dumps(values), mesh, transform)
+    return _make_segmenter(json.dumps(values), mesh, transform, stacked)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None) -> Segmenter:
+def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked: bool) -> Segmenter:
     config = ConfigDict(json.loads(text))
     training = config.training
     network = checkpoints.build_model(config, deep_supervision=training.deep_supervision)
@@ -192,9 +201,18 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None) -> Segme
             "key": jax.ShapeDtypeStruct((2,), jnp.uint32),
         }
 
-    shardings = parallel.state_shardings(mesh, abstract())
-    batch = dict.fromkeys(("image", "label"), parallel.batch_sharding(mesh))
+    batch_sharding = functools.partial(parallel.batch_sharding, mesh, stacked=stacked)
+    batch = dict.fromkeys(("image", "label"), batch_sharding())
     whole = parallel.replicated(mesh)
+    if transform is not None:
+        batch["implant"] = parallel.sample_sharding(mesh, stacked=stacked)
+    if stacked:
+        return Segmenter(
+            init,
+            stacked_step(step, mesh, abstract(), batch, transform and transform.weights),
+            apply,
+        )
+    shardings = parallel.state_shardings(mesh, abstract())
     compiled = functools.partial(
         jax.jit,
         step,
@@ -204,11 +222,29 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None) -> Segme
     )
     if transform is None:
         return Segmenter(init, compiled(in_shardings=(shardings, batch)), apply)
-    batch["implant"] = parallel.sample_sharding(mesh)
     with_weights = compiled(in_shardings=(shardings, batch, whole))
     return Segmenter(
         init, lambda state, batch: with_weights(state, batch, transform.weights), apply
     )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one segmenter is trained on, and where.
+
+    Attributes:
+        seed: decides weights, crops and augmentation.
+        sources: (store, case) of each training scan.
+        folder: gets config.json, trained_on.json, checkpoints/ and metrics.csv.
+        hosts: positions in `sources` of the scans whose crops a transform may change.
+        progress: called with each row of the training curve.
+    """
+
+    seed: int
+    sources: Sequence[tuple[Store, str]]
+    folder: Path
+    hosts: Collection[int] = ()
+    progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None
 
 
 def train_segmenter(
@@ -227,64 +263,123 @@ def train_segmenter(
     Args:
         config: with the sections of `SECTIONS`; config.seed decides weights, crops and
             augmentation.
-        sources: (store, case) of each training scan.
-        folder: gets config.json, trained_on.json, checkpoints/ and metrics.csv.
+        sources, folder, hosts, progress: see `Training`.
         mesh: of the devices to train on.
         clock: gets the phases "load" and "train".
-        progress: called with each row of the training curve.
         transform: changes crops of `hosts` on the device, see `make_segmenter`.
-        hosts: positions in `sources` of the scans whose crops it may change.
 
     Returns:
         apply(x [b, x, y, z, 1]) -> logits, as `checkpoints.load_model` gives it.
     """
-    training = config.training
-    if training.batch_size % jax.process_count():
-        raise UserError(
-            f"training.batch_size {training.batch_size} does not divide over"
-            f" {jax.process_count()} processes. Choose a multiple"
-        )
-    if jax.process_index() == 0:
-        write_json_atomic(folder / "config.json", section(config))
-        write_json_atomic(folder / "trained_on.json", seen.record_of(sources))
     segmenter = make_segmenter(config, mesh, transform)
-    state = segmenter.init(config.seed)
-    if training.get("start_from") and not checkpoints.has_any(folder):
-        start = finetuning.starting_parameters(training.start_from, config, state["parameters"])
+    training = Training(config.seed, sources, folder, hosts, progress)
+    run = _run(config, training, mesh, segmenter, transform is not None)
+    plan = _plan(config, clock)
+    state = loop.train(
+        folder,
+        run.state,
+        segmenter.step,
+        run.batches_from,
+        mesh=mesh,
+        steps=plan.steps,
+        save_every=plan.save_every,
+        log_every=plan.log_every,
+        clock=clock,
+        progress=progress,
+    )
+    return jax.tree_util.Partial(segmenter.apply, state["parameters"])
+
+
+def train_side_by_side(
+    config: ConfigDict,
+    trainings: Mapping[int, Training],
+    mesh: Mesh,
+    *,
+    clock: Clock,
+    transform: Transform | None = None,
+) -> tuple[dict[int, jax.tree_util.Partial], dict[int, Exception]]:
+    """Trains networks of one configuration, one at each position along the mesh's "cell".
+
+    Args:
+        config: of all of them, but for the seed.
+        trainings: position along "cell" -> training, of those positions that this process has
+            devices at. A position without a training stays idle.
+        mesh: of the devices of all processes, which call this together.
+        clock: gets the phases "load" and "train".
+        transform: on the whole mesh, for those with `hosts`.
+
+    Returns:
+        trained: position -> apply, with weights on the cell's own part of the mesh.
+        failed: position -> `loop.Diverged`.
+    """
+    places = parallel.split_cells(mesh)
+    own = parallel.own_cells(mesh)
+    single = {position: make_segmenter(config, places[position]) for position in own}
+    online = transform is not None
+    runs = {
+        position: _run(config, training, places[position], single[position], online)
+        for position, training in trainings.items()
+    }
+    rows = len(parallel.batch_rows(places[own[0]], config.training.batch_size))
+    size = augmentation.source_patch(tuple(config.training.patch_size), config.augmentation)
+    batch: dict[str, np.ndarray] = {
+        "image": np.zeros((rows, *size, 1), np.float32),
+        "label": np.zeros((rows, *size), np.uint8),
+    }
+    if online:
+        batch["implant"] = np.zeros(rows, bool)
+    states, failed = loop.train_side_by_side(
+        runs,
+        make_segmenter(config, mesh, transform, stacked=True).step,
+        (lambda position: single[position].init(0), batch),
+        mesh=mesh,
+        plan=_plan(config, clock),
+    )
+    trained = {
+        position: jax.tree_util.Partial(single[position].apply, state["parameters"])
+        for position, state in states.items()
+        if position not in failed
+    }
+    return trained, failed
+
+
+def _plan(config: ConfigDict, clock: Clock) -> loop.Plan:
+    training = config.training
+    return loop.Plan(training.steps, training.save_every, training.log_every, clock)
+
+
+def _run(
+    config: ConfigDict, training: Training, mesh: Mesh, segmenter: Segmenter, online: bool
+) -> loop.Run:
+    """Returns a training as the loop takes it, with its first state on the mesh."""
+    settings, folder = config.training, training.folder
+    if jax.process_index() == parallel.first_process(mesh):
+        write_json_atomic(folder / "config.json", section(config) | {"seed": training.seed})
+        write_json_atomic(folder / "trained_on.json", seen.record_of(training.sources))
+    state = segmenter.init(training.seed)
+    if settings.get("start_from") and not checkpoints.has_any(folder):
+        start = finetuning.starting_parameters(settings.start_from, config, state["parameters"])
         state |= jax.device_put(
             {"parameters": start}, parallel.state_shardings(mesh, {"parameters": start})
         )
 
     def batches_from(position: int):
         return crops.loader(
-            sources,
+            training.sources,
             config.task.classes,
-            augmentation.source_patch(tuple(training.patch_size), config.augmentation),
-            training.batch_size,
-            training.foreground,
-            config.seed,
+            augmentation.source_patch(tuple(settings.patch_size), config.augmentation),
+            settings.batch_size,
+            settings.foreground,
+            training.seed,
             start=position,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            threads=training.loader_threads,
-            final_patch_size=tuple(training.patch_size),
-            tumor_share=training.tumor_share,
-            hosts=None if transform is None else hosts,
+            rows=parallel.batch_rows(mesh, settings.batch_size),
+            threads=settings.loader_threads,
+            final_patch_size=tuple(settings.patch_size),
+            tumor_share=settings.tumor_share,
+            hosts=training.hosts if online else None,
         )
 
-    state = loop.train(
-        folder,
-        state,
-        segmenter.step,
-        batches_from,
-        mesh=mesh,
-        steps=training.steps,
-        save_every=training.save_every,
-        log_every=training.log_every,
-        clock=clock,
-        progress=progress,
-    )
-    return jax.tree_util.Partial(segmenter.apply, state["parameters"])
+    return loop.Run(folder, state, batches_from, training.progress)
 
 
 def check_grid_of(store: Store, preparation: ConfigDict) -> None:
