@@ -1,5 +1,6 @@
 """One step for cells that are trained side by side."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,9 @@ def stacked_step(
         that is not active, or whose loss is no number, keeps its state bit for bit.
     """
 
-    def of_position(state, batch, active, weights):
+    def of_position(state, batch, active, *more):
         one, rows = (jax.tree.map(lambda x: x[0], part) for part in (state, batch))
-        new, scalars = step(one, rows, *([] if weights is None else [weights]))
+        new, scalars = step(one, rows, *more)
         goes_on = active[0] & jnp.isfinite(scalars["loss"])
         new = jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), new, one)
         return jax.tree.map(lambda x: x[None], (new, scalars))
@@ -48,7 +49,7 @@ def stacked_step(
     of_all = jax.shard_map(
         of_position,
         mesh=mesh,
-        in_specs=(cells, cells, cells, PartitionSpec()),
+        in_specs=(cells, cells, cells, *[PartitionSpec()] * (weights is not None)),
         out_specs=(cells, cells),
         axis_names={"cell"},
         check_vma=False,
@@ -57,11 +58,15 @@ def stacked_step(
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), state)
     shardings = parallel.state_shardings(mesh, like, stacked=True)
     by_cell = parallel.by_cell(mesh)
-    jitted = jax.jit(
+    compiled = functools.partial(
+        jax.jit,
         of_all,
         donate_argnums=0,
-        in_shardings=(shardings, batch, by_cell, parallel.replicated(mesh)),
         out_shardings=(shardings, by_cell),
         compiler_options=convolution.compiler_options(),
     )
-    return lambda state, batch, active: jitted(state, batch, active, weights)
+    if weights is None:
+        return compiled(in_shardings=(shardings, batch, by_cell))
+    whole = parallel.replicated(mesh)
+    with_weights = compiled(in_shardings=(shardings, batch, by_cell, whole))
+    return lambda state, batch, active: with_weights(state, batch, active, weights)
