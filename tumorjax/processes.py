@@ -16,7 +16,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tumorjax import cluster, heartbeat, rendezvous
@@ -123,12 +123,13 @@ def noticed() -> bool:
     return _watch is not None and _watch.noticed.is_set()
 
 
-def barrier(name: str, seconds: float) -> None:
+def barrier(name: str, seconds: float, among: Collection[int] | None = None) -> None:
     """Waits until all processes are here.
 
     Args:
         name: of the place in the program; all processes pass the same barriers in the same order.
         seconds: how long the slowest may take.
+        among: of which processes, this one included; None for all.
 
     Raises:
         Lost: some did not come; it names them.
@@ -136,13 +137,14 @@ def barrier(name: str, seconds: float) -> None:
     """
     if _watch is None:
         return
-    client, here = _watch.client, f"{name}/{_next(name)}"
+    members, group = _members(among)
+    client, here = _watch.client, f"{name}/{group}/{_next(f'{name}/{group}')}"
     client.key_value_set(f"{KEY}/barrier/{here}/{_watch.index}", "")
     errors: list[Exception] = []
 
     def wait() -> None:
         try:
-            client.wait_at_barrier(f"{KEY}/{here}", int(seconds * 1000))
+            client.wait_at_barrier(f"{KEY}/{here}", int(seconds * 1000), members)
         except Exception as error:
             errors.append(error)
 
@@ -163,40 +165,43 @@ def barrier(name: str, seconds: float) -> None:
             int(key.rsplit("/", 1)[-1])
             for key, _ in client.key_value_dir_get(f"{KEY}/barrier/{here}/")
         }
-        missing = [str(i) for i in range(_watch.count) if i not in came]
+        missing = [str(i) for i in members if i not in came]
         if not missing:
             raise errors[0]
         raise Lost(
             f"barrier {name!r}: {'process' if len(missing) == 1 else 'processes'}"
-            f" {', '.join(missing)} of {_watch.count} did not come within {seconds:g} s. Look into"
+            f" {', '.join(missing)} of {len(members)} did not come within {seconds:g} s. Look into"
             " their logs"
         ) from errors[0]
     client.key_value_delete(f"{KEY}/barrier/{here}/{_watch.index}")
 
 
-def gather(value: Any, seconds: float = 300.0) -> list[Any]:
+def gather(value: Any, seconds: float = 300.0, among: Collection[int] | None = None) -> list[Any]:
     """Returns the values of all processes, in the order of their numbers.
 
     Args:
         value: of JSON's types, small.
         seconds: how long the slowest process may take to come here.
+        among: of which processes, this one included; None for all.
 
     Raises:
         Lost, Preempted: as `barrier`.
     """
     if _watch is None:
         return [json.loads(json.dumps(value))]
-    client, number = _watch.client, _next("gathered")
-    client.key_value_set(f"{KEY}/gather/{number}/{_watch.index}", json.dumps(value))
-    barrier("gather", seconds)
+    members, group = _members(among)
+    client, number = _watch.client, _next(f"gathered/{group}")
+    here = f"{KEY}/gather/{group}"
+    client.key_value_set(f"{here}/{number}/{_watch.index}", json.dumps(value))
+    barrier("gather", seconds, among)
     found = {
         int(key.rsplit("/", 1)[-1]): json.loads(text)
-        for key, text in client.key_value_dir_get(f"{KEY}/gather/{number}/")
+        for key, text in client.key_value_dir_get(f"{here}/{number}/")
     }
     # All have read the values of the time before, since all were at the barrier after that.
     if number > 1:
-        client.key_value_delete(f"{KEY}/gather/{number - 1}/{_watch.index}")
-    return [found[i] for i in range(_watch.count)]
+        client.key_value_delete(f"{here}/{number - 1}/{_watch.index}")
+    return [found[i] for i in members]
 
 
 def agree(name: str, value: Any, seconds: float = 300.0) -> None:
@@ -277,6 +282,15 @@ def fail(error: BaseException, code: int, message: str) -> None:
     first = message.strip().splitlines()[-1].removeprefix("tumorjax: ")
     _watch.leave(code, f"ended: {first}".rstrip("."))
     os._exit(code)
+
+
+def _members(among: Collection[int] | None) -> tuple[list[int], str]:
+    """Returns the processes that are meant, in order, and a name for them."""
+    assert _watch is not None
+    if among is None or len(among) == _watch.count:
+        return list(range(_watch.count)), "all"
+    members = sorted(among)
+    return members, hashlib.sha256(json.dumps(members).encode()).hexdigest()[:12]
 
 
 def _next(name: str) -> int:

@@ -58,10 +58,10 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
 
 def test_as_many_checkpoints_stay_as_asked_for(tmp_path):
     with checkpoints.open_manager(tmp_path) as manager:
-        for step in (1, 2):
+        for step in (1, 2, 3):
             checkpoints.save(manager, step, _state(step), step)
-        manager.wait_until_finished()
-        assert list(manager.all_steps()) == [2]
+        checkpoints.finish(manager)
+        assert list(manager.all_steps()) == [2, 3]
 
 
 def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, rng):
@@ -143,4 +143,4 @@ def test_what_a_killed_save_left_aside_is_gone_before_the_next_one(tmp_path):
         assert not aside.exists()
         assert manager.latest_step() == 1
         checkpoints.save(manager, 2, _state(2), 20)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -159,8 +158,7 @@ def _restore(folder: Path, model: Autoencoder) -> dict[str, Any]:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{folder}: no checkpoint. Train first")
-        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-    state = restored["state"]
+        state = checkpoints.read(manager, step)
     found = state["parameters"]
     for name, value in model.parameters.items():
         if name not in found or found[name].shape != value.shape:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
@@ -93,9 +92,7 @@ def load(
         config.model, autoencoder.latent_channels, len(config.organs)
     )
     with checkpoints.open_manager(folder) as manager:
-        restored = manager.restore(
-            manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore())
-        )["state"]
+        restored = checkpoints.read(manager, manager.latest_step())
     if set(restored["ema"]) != set(parameters):
         raise UserError(f"{folder}: its checkpoint is of another network than its config")
     weights = {name: jnp.asarray(restored["ema"][name]) for name in parameters}

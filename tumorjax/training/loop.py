@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool
 from tumorjax import parallel, processes
 from tumorjax.clock import Clock
 from tumorjax.files import read_csv, write_csv_atomic
-from tumorjax.training import checkpoints
+from tumorjax.training import checkpoints, preemption
 
 Batch = Mapping[str, np.ndarray]
 Step = Callable[[Any, dict[str, Array]], tuple[Any, dict[str, Array]]]
@@ -97,10 +97,12 @@ def train(
 
     Raises:
         Diverged: the loss became NaN or infinite.
-        UserError: a checkpoint in the folder is of another network.
+        Preempted: the job was told to stop; the step that was reached is saved.
+        UserError: a checkpoint in the folder is of another network, or the disk is full.
     """
     plan = Plan(steps, save_every, log_every, clock)
     run = Run(folder, state, batches_from, progress)
+    alone = parallel.processes_of(mesh) == [jax.process_index()]
     with _Training(run, plan, mesh) as training:
         state = training.state
         for number in range(training.position + 1, steps + 1):
@@ -111,8 +113,13 @@ def train(
                 # One step in flight at a time: on CPU, dispatch would otherwise run far ahead
                 # and hold the batches of many steps.
                 jax.block_until_ready(scalars)
-            if training.is_due(number):
-                training.keep(number, {k: float(v) for k, v in scalars.items()}, state)
+            stop = preemption.requested(number, alone) and number < steps
+            if stop or training.is_due(number):
+                training.keep(number, {k: float(v) for k, v in scalars.items()}, state, stop)
+            if stop:
+                raise preemption.Preempted(
+                    f"{folder}: told to stop, step {number} of {steps} is saved"
+                )
     return state
 
 
@@ -145,8 +152,10 @@ def train_side_by_side(
         failed: position -> what ended it.
 
     Raises:
-        UserError: a checkpoint is of another network.
+        Preempted: the job was told to stop; what every cell has reached is saved.
+        UserError: a checkpoint is of another network, or the disk is full.
     """
+    alone = parallel.processes_of(mesh) == [jax.process_index()]
     places = parallel.split_cells(mesh)
     own = parallel.own_cells(mesh)
     failed: dict[int, Exception] = {}
@@ -164,7 +173,8 @@ def train_side_by_side(
         left = max((plan.steps - t.position for t in trainings.values()), default=0)
         batch = dict.fromkeys(own, idle[1])
         # All processes make as many steps as the slowest cell needs: a step is made together.
-        for made in range(1, max(processes.gather(left)) + 1):
+        total = max(processes.gather(left))
+        for made in range(1, total + 1):
             numbers = {p: training.position + made for p, training in trainings.items()}
             active = [p for p, n in numbers.items() if n <= plan.steps and p not in failed]
             with plan.clock("load"):
@@ -178,16 +188,21 @@ def train_side_by_side(
                     _mask(mesh, own, active),
                 )
                 jax.block_until_ready(scalars)
+            stop = preemption.requested(made, alone) and made < total
             found = parallel.cell_values(mesh, scalars)
             for position in active:
                 training, number = trainings[position], numbers[position]
                 try:
                     # At each step: a frozen state would not show later that it went wrong.
-                    if training.is_due(number) or not math.isfinite(found[position]["loss"]):
+                    if stop or training.is_due(number) or not math.isfinite(found[position]["loss"]):
                         cell = parallel.cell_state(mesh, state, position)
-                        training.keep(number, found[position], cell)
+                        training.keep(number, found[position], cell, stop)
                 except Diverged as error:
                     failed[position] = error
+            if stop:
+                raise preemption.Preempted(
+                    f"{len(active)} trainings side by side: told to stop, what they reached is saved"
+                )
         return {p: parallel.cell_state(mesh, state, p) for p in trainings}, failed
 
 
@@ -206,7 +221,8 @@ class _Training:
         # Of the processes that have a part of the mesh, the first writes the curve.
         owners = parallel.processes_of(mesh)
         self._writes = jax.process_index() == owners[0]
-        self._manager = checkpoints.open_manager(run.folder, write=True)
+        some = owners if len(owners) < jax.process_count() else None
+        self._manager = checkpoints.open_manager(run.folder, write=True, processes=some)
         self.state, self.position = run.state, 0
         self._rows: list[dict[str, Any]] = []
 
@@ -224,8 +240,8 @@ class _Training:
         if close is not None:
             close()
         with self._plan.clock("train"):
-            if kind is None:
-                self._manager.wait_until_finished()
+            if kind is None or issubclass(kind, preemption.Preempted):
+                checkpoints.finish(self._manager)
             self._manager.close()
 
     def is_due(self, number: int) -> bool:
@@ -239,8 +255,8 @@ class _Training:
         )
         return log, save
 
-    def keep(self, number: int, scalars: Mapping[str, float], state: Any) -> None:
-        """Tells and saves what is due after a step.
+    def keep(self, number: int, scalars: Mapping[str, float], state: Any, stop: bool) -> None:
+        """Tells and saves what is due after a step; where training is to stop, saves in any case.
 
         Raises:
             Diverged: the loss is no longer a number.
@@ -256,7 +272,7 @@ class _Training:
             seconds = round(self._plan.clock.total(), 1)
             self._rows.append({"step": number, "seconds": seconds, **scalars})
             self._run.progress(number, scalars)
-        if save:
+        if save or stop:
             with self._plan.clock("train"):
                 if self._writes and self._rows:
                     write_csv_atomic(self._curve, self._rows, list(self._rows[-1]))
