@@ -35,6 +35,7 @@ from tumorjax.geometry import (
 )
 from tumorjax.nifti import check_hu, read_ct
 from tumorjax.settings import plain
+from tumorjax.training import preemption
 from tumorjax.volumes import Store, check_store, create_store, open_store, remove_case, write_case
 
 REJECTED = "rejected.csv"
@@ -393,6 +394,7 @@ def _work(tasks: Sequence[Task], workers: int, scheduler: str | None) -> Iterato
     size = sum(path.stat().st_size for task in tasks for path in _files(task.scan) if path.exists())
     if not scheduler and (count <= 1 or size < _SMALL):
         for task in tasks:
+            preemption.stop_if_told("preparing scans")
             yield prepare_case(task)
         return
     if not tasks:
@@ -431,6 +433,8 @@ def _gather(client: Any, tasks: Sequence[Task]) -> Iterator[Row | None]:
     for future in as_completed(futures):
         case = futures.pop(future)
         error = future.exception()
+        # Asked first: the signal may have ended the worker as well.
+        preemption.stop_if_told("preparing scans")
         if isinstance(error, KilledWorker):
             yield _row(
                 case,

@@ -61,7 +61,7 @@ class Watch:
         self._wake = threading.Event()
         self._ending = threading.Lock()
         self._beats = 0
-        self._who = f"pid {os.getpid()} on {socket.gethostname()}"
+        self._who = who()
         # process -> (its last sign, when it came)
         self._signs: dict[int, tuple[str, float]] = {}
         self._answered = time.monotonic()
@@ -149,12 +149,12 @@ class Watch:
                 self._signs[index] = sign, now
         for index, (sign, when) in self._signs.items():
             if now - when > self.silent_seconds and not sign.startswith("left"):
-                who = sign.partition(" ")[2] or "never heard of"
+                name = sign.partition(" ")[2] or "never heard of"
                 self._publish(
                     {
                         "process": index,
                         "code": LOST,
-                        "message": f"({who}) has given no sign of life for {now - when:.0f} s: it"
+                        "message": f"({name}) has given no sign of life for {now - when:.0f} s: it"
                         " was killed, or its machine or network is gone",
                     }
                 )
@@ -222,6 +222,11 @@ class Watch:
         except OSError:
             return False
         return True
+
+
+def who() -> str:
+    """Returns a name for this process that a person finds it by."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def say(line: str) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 from absl import app, flags
@@ -15,6 +16,7 @@ from ml_collections import config_flags
 from tumorjax import compilation_cache, processes
 from tumorjax.errors import CaseError, Lost, Preempted, UserError
 from tumorjax.heartbeat import LOST, PREEMPTED
+from tumorjax.settings import plain
 from tumorjax.training import preemption
 
 JOBS = {
@@ -42,6 +44,9 @@ Exit codes: 0 all done; 1 finished, with cases set aside (DIR/rejected.csv); 2 w
 3 a defect of tumorjax, with its traceback; {PREEMPTED} told to stop (SIGTERM, SIGUSR1 or
 SIGUSR2), and saved; {LOST} another process of the job is gone. After these two, the same
 command goes on where it stopped."""
+
+# A study's processes may be started one by one; they divide its cells.
+_SHARING = ("scaling",)
 
 _CODES: dict[type[Exception], int] = {
     UserError: 2,
@@ -81,7 +86,13 @@ def main(argv: list[str]) -> int:
     job = importlib.import_module(JOBS[config.job])
     settings = processes.DEFAULTS | dict(config.get("processes", {}))
     with preemption.watch(settings["grace_seconds"]):
-        code = job.run(config, workdir) or 0
+        processes.start(settings)
+        processes.agree("config", {k: v for k, v in plain(config).items() if k != "processes"})
+        # Jobs that know of processes say whether those of one each may share a workdir.
+        with ExitStack() as stack:
+            if "processes" in config:
+                stack.enter_context(processes.holding(workdir, config.job not in _SHARING))
+            code = job.run(config, workdir) or 0
         processes.end()
     return code
 

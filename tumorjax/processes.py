@@ -6,6 +6,7 @@ does nothing, at once, in a job of one process.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -14,14 +15,20 @@ import platform
 import signal
 import sys
 import threading
+import time
+import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from tumorjax import cluster, heartbeat, rendezvous
 from tumorjax.errors import Lost, Preempted, UserError
+from tumorjax.files import write_json_atomic
 from tumorjax.heartbeat import KEY
+from tumorjax.locks import claimed
 from tumorjax.settings import first_difference
 
 # The section "processes" of a config; times in seconds.
@@ -38,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
 _PACKAGES = ("tumorjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # JAX's own watch ends a process without saying why: it comes after ours.
 _JAX_HEARTBEAT_SECONDS = 300
+_SHARED_FOLDER_SECONDS = 30.0
 # A process that is done waits for the others, however long their last cells take.
 _END_SECONDS = 7 * 24 * 3600
 
@@ -219,7 +227,7 @@ def agree(name: str, value: Any, seconds: float = 300.0) -> None:
     if _watch is None:
         return
     text = json.dumps(value, sort_keys=True)
-    digests = gather(hashlib.sha256(text.encode()).hexdigest(), seconds)
+    digests = gather(_digest(value), seconds)
     other = next((i for i, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
@@ -241,6 +249,69 @@ def agree(name: str, value: Any, seconds: float = 300.0) -> None:
         f" {first_difference(pair[0], pair[1], name)}. Start all processes with the same command,"
         " on the same data and versions"
     )
+
+
+def agree_on_store(store: Any) -> None:
+    """Refuses to go on where processes read stores that differ in a case or a setting.
+
+    Args:
+        store: a `volumes.Store`.
+
+    Raises:
+        UserError: they differ; says where first.
+    """
+    if _watch is None:
+        return
+    cases = {case: _digest(store.record(case)) for case in store.cases}
+    agree("store", {"settings": store.settings, "cases": cases})
+
+
+@contextmanager
+def holding(workdir: Path, alone: bool) -> Iterator[None]:
+    """Keeps jobs apart that would write the same files.
+
+    A job of several processes has its workdir for itself. Jobs of one process share one, if they
+    are made for it: those of a study each do other cells. In a bucket they are told apart by the
+    locks of their cells alone.
+
+    Args:
+        workdir: of the job, a folder that all its processes see.
+        alone: a job of one process wants it for itself, too.
+
+    Raises:
+        UserError: another job works there, or the processes see different folders.
+    """
+    path, note = workdir / ".job.lock", workdir / ".job.json"
+    with ExitStack() as stack:
+        if is_first():
+            if alone or count() > 1:
+                free = stack.enter_context(claimed(path))
+            elif "://" in str(workdir):
+                free = True
+            else:
+                free = stack.enter_context(_shared(path))
+            if not free:
+                raise UserError(
+                    f"{workdir}: another job works here{_told_by(note)}. Wait for its end, stop it,"
+                    " or give another --workdir"
+                )
+            mine = {"job": uuid.uuid4().hex, "who": heartbeat.who()}
+            if alone or count() > 1:
+                write_json_atomic(note, mine)
+        if count() > 1:
+            job = gather(mine["job"] if is_first() else None)[0]
+            # Folders over a network show a new file some seconds late.
+            deadline = time.monotonic() + _SHARED_FOLDER_SECONDS
+            while _read_note(note).get("job") != job:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{workdir}: process {index()} ({heartbeat.who()}) does not see what"
+                        " process 0 writes there. Give a --workdir that all machines share"
+                    )
+                time.sleep(0.5)
+            # Nobody goes on, and may fail and leave, before all have seen it.
+            barrier("workdir", 2 * _SHARED_FOLDER_SECONDS)
+        yield
 
 
 def end() -> None:
@@ -282,6 +353,35 @@ def fail(error: BaseException, code: int, message: str) -> None:
     first = message.strip().splitlines()[-1].removeprefix("tumorjax: ")
     _watch.leave(code, f"ended: {first}".rstrip("."))
     os._exit(code)
+
+
+@contextmanager
+def _shared(path: Path) -> Iterator[bool]:
+    """Holds a lock file together with others that do; yields whether nobody holds it alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _told_by(note: Path) -> str:
+    who = _read_note(note).get("who")
+    return f" (the last to have it for itself is or was {who})" if who else ""
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _members(among: Collection[int] | None) -> tuple[list[int], str]:

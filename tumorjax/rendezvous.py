@@ -7,13 +7,13 @@ port over.
 """
 
 import json
-import os
 import socket
 import time
 from typing import Any
 
 from tumorjax.cluster import Place
 from tumorjax.errors import UserError
+from tumorjax.heartbeat import who
 
 _GREETING = {"tumorjax": "rendezvous"}
 # Between attempts to reach the first process, and until one that was reached has to greet.
@@ -87,7 +87,7 @@ def _gather(place: Place, seconds: float) -> None:
                 )
                 strangers.append(connection)
             elif index in came or index == 0:
-                first = came[index][1]["who"] if index in came else _who()
+                first = came[index][1]["who"] if index in came else who()
                 problem = (
                     f"two processes are number {index}: {first} and {hello['who']}. Give each its"
                     " own processes.process_id"
@@ -114,7 +114,7 @@ def _join(place: Place, seconds: float) -> None:
             time.sleep(_RETRY_SECONDS)
             continue
         with connection:
-            hello = {"index": place.index, "count": place.count, "who": _who()}
+            hello = {"index": place.index, "count": place.count, "who": who()}
             if _exchange(connection, hello) != _GREETING:
                 # An earlier run's first process may still be on its way out.
                 found = "something else answers there"
@@ -172,10 +172,6 @@ def _receive(connection: socket.socket, seconds: float) -> dict[str, Any] | None
 def _split(coordinator: str) -> tuple[str, int]:
     host, _, port = coordinator.rpartition(":")
     return host.strip("[]"), int(port)
-
-
-def _who() -> str:
-    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def _numbers(indices: list[int]) -> str:

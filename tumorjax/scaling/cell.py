@@ -22,6 +22,7 @@ from tumorjax.inference.sliding_window import predict
 from tumorjax.scaling.grid import Cell
 from tumorjax.settings import plain
 from tumorjax.synthesis import online
+from tumorjax.training import preemption
 from tumorjax.training.segmenter import train_segmenter
 from tumorjax.volumes import Store
 
@@ -132,6 +133,7 @@ def test(
     samples = sample_cases(config, scans.tests)
     rows = []
     for split, case in scans.tests:
+        preemption.stop_if_told(f"testing {folder.name}")
         path = folder / "cases" / f"{case}.json"
         picture = folder / "cases" / f"{case}.npz"
         if path.is_file() and (case not in samples or picture.is_file()):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from tumorjax.errors import UserError
 from tumorjax.locks import claimed
+from tumorjax.training import preemption
 
 T = TypeVar("T")
 
@@ -80,6 +81,9 @@ def share(
 
     Returns:
         the cells that failed here with their errors; they are not tried again.
+
+    Raises:
+        Preempted: the job was told to stop; the cells of all places have saved what they had.
     """
     failed: dict[Cell, Exception] = {}
     mutex = threading.Lock()
@@ -92,6 +96,7 @@ def share(
             for cell in grid:
                 if stop.is_set():
                     return
+                preemption.stop_if_told("cells were trained and tested")
                 if cell in failed or is_done(cell):
                     continue
                 with claimed(folder / f".{cell.id}.lock") as free:
@@ -103,6 +108,8 @@ def share(
                         continue
                     try:
                         work(cell, place)
+                    except preemption.Preempted:
+                        raise
                     except Exception as error:
                         logging.getLogger(__name__).exception("cell %s failed", cell.id)
                         with mutex:
@@ -113,14 +120,29 @@ def share(
             if waiting and not worked:
                 time.sleep(poll_seconds)
 
-    threads = [threading.Thread(target=serve, args=(place,), daemon=True) for place in places[1:]]
+    def serve_beside(place: T) -> None:
+        try:
+            serve(place)
+        except preemption.Preempted:
+            # The first place's thread hears of it as well, and says so.
+            return
+
+    threads = [
+        threading.Thread(target=serve_beside, args=(place,), daemon=True) for place in places[1:]
+    ]
     for thread in threads:
         thread.start()
     try:
         serve(places[0])
+        for thread in threads:
+            thread.join()
+        preemption.stop_if_told("cells were trained and tested")
+    except preemption.Preempted:
+        # Each saves its own.
+        for thread in threads:
+            thread.join()
+        raise
     except BaseException:
         stop.set()
         raise
-    for thread in threads:
-        thread.join()
     return failed

@@ -31,6 +31,7 @@ from tumorjax.scaling.results import REAL, WITH_SYNTHETIC
 from tumorjax.settings import first_difference, plain
 from tumorjax.synthesis import realism
 from tumorjax.synthesis.store import make_store
+from tumorjax.training import preemption
 from tumorjax.training.segmenter import check_network
 from tumorjax.volumes import Store, open_store
 
@@ -61,7 +62,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         print(f"{workdir}: already finished, see {workdir / 'report' / 'index.html'}")
         return 1 if _rejected(workdir) else 0
     mesh = parallel.make_mesh(config.mesh)
-    with clock("prepare"), locked(workdir / ".prepare.lock"):
+    with clock("prepare"):
         store, rejected = prepared_store(config, workdir)
     records = {case: store.record(case) for case in store.cases}
     classes = config.task.classes
@@ -129,6 +130,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         work,
         parallel.split_cells(mesh),
     )
+    preemption.stop_if_told("the report was to be written")
     rejected += [
         {"case": cell.id, "stage": "cell", "reason": f"{type(error).__name__}: {error}"}
         for cell, error in failed.items()

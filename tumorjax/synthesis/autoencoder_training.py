@@ -20,7 +20,6 @@ from tumorjax.clock import Clock
 from tumorjax.data import crops
 from tumorjax.errors import UserError
 from tumorjax.files import write_csv_atomic, write_json_atomic
-from tumorjax.locks import locked
 from tumorjax.models import convolution
 from tumorjax.synthesis import leakage, reconstruction, reconstruction_figure
 from tumorjax.synthesis.autoencoder import build
@@ -62,7 +61,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     build(config)
     check_training(config)
     clock = Clock()
-    with clock("prepare"), locked(workdir / ".prepare.lock"):
+    with clock("prepare"):
         store, rejected = prepared_store(config, workdir)
     if not store.cases:
         raise UserError(f"{store.url}: no scans to train on. Prepare some")
@@ -120,15 +119,19 @@ def fit(
     """
     wanted = section(config) | {"images": leakage.record_of(sources)["images"]}
     done = folder / "done.json"
-    if done.is_file() and json.loads(done.read_text()) == wanted:
+    owners = parallel.processes_of(mesh)
+    finished = done.is_file() and json.loads(done.read_text()) == wanted
+    # As the first found it: it removes the file next.
+    if processes.gather(finished, among=owners)[0]:
         return None
-    trained_on = _trained_on(config, sources, folder)
-    if jax.process_index() == 0:
+    first = jax.process_index() == owners[0]
+    if first:
+        trained_on = _trained_on(config, sources, folder)
         done.unlink(missing_ok=True)
         write_json_atomic(folder / "trained_on.json", trained_on)
     state = train(config, sources, folder, mesh, clock=clock, progress=progress)
-    state = _on_host({name: state[name] for name in ("parameters", "codebook") if name in state})
-    if jax.process_index():
+    state = on_host({name: state[name] for name in ("parameters", "codebook") if name in state})
+    if not first:
         return {}
     with clock("evaluate"):
         quality = _evaluate(config, state, sources, held_out, folder)
@@ -163,7 +166,7 @@ def train(
     """
     training = config.training
     trainer = make_trainer(config, mesh)
-    if jax.process_index() == 0:
+    if jax.process_index() == parallel.processes_of(mesh)[0]:
         write_json_atomic(folder / "config.json", section(config))
 
     def batches_from(position: int) -> Iterator[Mapping[str, np.ndarray]]:
@@ -299,16 +302,15 @@ def _trained_on(config: ConfigDict, sources: Sources, workdir: Path) -> dict[str
     return records[0] if len(records) == 1 else leakage.union(records)
 
 
-def _on_host(tree: Any) -> Any:
+def on_host(tree: Any) -> Any:
     """Returns arrays that are spread over devices, and perhaps processes, as numpy's."""
-    if jax.process_count() > 1:
+    if not all(array.is_fully_addressable for array in jax.tree.leaves(tree)):
         tree = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
     return jax.tree.map(np.asarray, tree)
 
 
 def last_checkpoint(folder: Path) -> str:
-    with checkpoints.open_manager(folder) as manager:
-        step = manager.latest_step()
-    if step is None:
+    steps = checkpoints.steps(folder)
+    if not steps:
         return "There is no checkpoint from before"
-    return f"The last good checkpoint is {folder / 'checkpoints' / str(step)}"
+    return f"The last good checkpoint is {folder / 'checkpoints' / str(steps[-1])}"

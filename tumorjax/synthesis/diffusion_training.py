@@ -34,7 +34,7 @@ from tumorjax.synthesis import (
     trained_diffusion,
 )
 from tumorjax.synthesis.autoencoder import FACTOR
-from tumorjax.synthesis.autoencoder_training import last_checkpoint, split_patients
+from tumorjax.synthesis.autoencoder_training import last_checkpoint, on_host, split_patients
 from tumorjax.synthesis.latent_unet import Inputs
 from tumorjax.synthesis.trained_autoencoder import TrainedAutoencoder
 from tumorjax.training import loop, schedules
@@ -323,24 +323,29 @@ def fit(
     trained_on = leakage.record_of(seen)
     wanted = section(config, organs) | {"images": trained_on["images"]}
     done = folder / "done.json"
-    if done.is_file() and json.loads(done.read_text()) == wanted:
+    owners = parallel.processes_of(mesh)
+    first = jax.process_index() == owners[0]
+    finished = done.is_file() and json.loads(done.read_text()) == wanted
+    if processes.gather(finished, among=owners)[0]:
         return False
-    _keep_config(folder, section(config, organs))
-    if jax.process_index() == 0:
+    _keep_config(folder, section(config, organs), first)
+    if first:
         record = leakage.union([trained_on, autoencoder.trained_on])
         write_json_atomic(folder / "trained_on.json", record)
     state, denoise = train(config, seen, organs, autoencoder, folder, mesh, clock=clock)
-    if jax.process_index() == 0:
+    # Measured by one process, which computes with its own devices alone.
+    weights = on_host(state["ema"])
+    if first:
         if held_out:
             with clock("quality"):
-                _measure(config, state, denoise, autoencoder, held_out, organs, folder)
+                _measure(config, weights, denoise, autoencoder, held_out, organs, folder)
         write_json_atomic(done, wanted)
     return True
 
 
 def _measure(
     config: ConfigDict,
-    state: Mapping[str, Any],
+    weights: Mapping[str, Any],
     denoise: Callable[[dict[str, Array], Inputs], Array],
     autoencoder: TrainedAutoencoder,
     held_out: Sequence[tuple[Store, str]],
@@ -352,7 +357,7 @@ def _measure(
     denoiser, encode, decode = (
         jax.tree_util.Partial(jax.jit(part.func, compiler_options=options), *part.args)
         for part in (
-            jax.tree_util.Partial(denoise, state["ema"]),
+            jax.tree_util.Partial(denoise, weights),
             autoencoder.encode,
             autoencoder.decode,
         )
@@ -534,7 +539,7 @@ def _organs(
     return tuple(organ for organ in there if not config.data.organs or organ in config.data.organs)
 
 
-def _keep_config(workdir: Path, wanted: dict[str, Any]) -> None:
+def _keep_config(workdir: Path, wanted: dict[str, Any], first: bool) -> None:
     """Keeps what is trained; the workdir of another training is refused."""
     path = workdir / "config.json"
     if path.is_file():
@@ -544,5 +549,5 @@ def _keep_config(workdir: Path, wanted: dict[str, Any]) -> None:
                 f"{workdir} holds a training with other settings: {difference}. Use its settings,"
                 " or another --workdir"
             )
-    elif jax.process_index() == 0:
+    elif first:
         write_json_atomic(path, wanted)

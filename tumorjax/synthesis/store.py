@@ -17,6 +17,7 @@ from tumorjax.synthesis import shapes
 from tumorjax.synthesis.implant import implant_in_one
 from tumorjax.synthesis.placement import check_position
 from tumorjax.synthesis.synthesizers import Synthesizer, check_grid, from_settings
+from tumorjax.training import preemption
 
 
 def make_store(
@@ -85,6 +86,7 @@ def make_store(
         }
         try:
             for future in as_completed(futures):
+                preemption.stop_if_told("making scans with tumours")
                 implant_ = futures[future]
                 try:
                     future.result()

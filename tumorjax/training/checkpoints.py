@@ -64,9 +64,11 @@ def open_manager(
         write: to train. What a killed save left aside is removed first: a save of the same step
             would remove it while it writes there, and can fail over that; so would Orbax's own
             cleanup_tmp_directories, which works in the background.
-        processes: whose training it is, each of which calls this; None for all. Only the first of
-            them writes what is not an array.
+        processes: whose training it is, each of which calls this; None for all, or to read for
+            this one alone. Only the first of them writes what is not an array.
     """
+    if processes is None and not write:
+        processes = [jax.process_index()]
     directory = (folder / "checkpoints").absolute()
     owners = tuple(sorted(processes)) if processes is not None else None
     first = owners[0] if owners else 0
@@ -169,12 +171,16 @@ def _full_disk_told(manager: Manager) -> Iterator[None]:
         ) from error
 
 
+def steps(folder: Path) -> list[int]:
+    """Returns the steps of a training that have a checkpoint, in order."""
+    there = folder / "checkpoints"
+    names = [path.name for path in there.iterdir()] if there.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def has_any(folder: Path) -> bool:
     """Whether a training's folder has a checkpoint to go on from."""
-    if not (folder / "checkpoints").is_dir():
-        return False
-    with open_manager(folder) as manager:
-        return manager.latest_step() is not None
+    return bool(steps(folder))
 
 
 def restore_newest(manager: Manager, like: Any) -> tuple[Any, int] | None:

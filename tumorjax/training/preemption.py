@@ -101,7 +101,7 @@ def stop_if_told(doing: str) -> None:
     """Ends the job where it was told to stop and everything is saved that there is.
 
     Args:
-        doing: what is interrupted, for the message.
+        doing: what is interrupted, for the message "told to stop while ...".
 
     Raises:
         Preempted: it was told to.

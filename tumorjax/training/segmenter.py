@@ -408,6 +408,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         raise UserError("data.store is empty. Give the store that the preparation job wrote")
     store = open_store(config.data.store)
     check_grid_of(store, config.preparation)
+    processes.agree_on_store(store)
     cases = list(config.data.cases) or store.cases
     missing = sorted(set(cases) - set(store.cases))
     if missing or not cases:
