@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -105,8 +106,17 @@ def entry() -> None:
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         print(USAGE)
         return
+    run_or_exit(lambda: app.run(main, flags_parser=_parse))
+
+
+def run_or_exit(job: Callable[[], object]) -> None:
+    """Calls a function; an exception becomes a message and an exit code, in all processes.
+
+    Args:
+        job: a whole job.
+    """
     try:
-        app.run(main, flags_parser=_parse)
+        job()
     except KeyboardInterrupt as error:
         processes.fail(error, 128 + signal.SIGINT, "tumorjax: interrupted")
         raise

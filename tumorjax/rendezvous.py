@@ -7,6 +7,7 @@ port over.
 """
 
 import json
+import os
 import socket
 import time
 from typing import Any
@@ -51,9 +52,9 @@ def _gather(place: Place, seconds: float) -> None:
             server = socket.create_server(("", port), backlog=place.count)
     except OSError as error:
         raise UserError(
-            f"port {port} of this machine cannot be listened on ({error.strerror}): another job or"
-            f" program has it, or processes.coordinator {place.coordinator} is another machine's."
-            " Give another port"
+            f"port {port} of this machine cannot be listened on ({os.strerror(error.errno or 0)}):"
+            f" another job or program has it, or {place.coordinator} is the address of another"
+            " machine. Give another port"
         ) from error
     came: dict[int, tuple[socket.socket, dict[str, Any]]] = {}
     strangers: list[socket.socket] = []
