@@ -56,6 +56,9 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.grid.n_real = (1, 3, 10, 30)
     config.grid.arms = ("real", "real+synthetic")
     config.grid.seeds = (0,)
+    # How cells share devices. "stacked": in one step, one cell at each position along mesh.cell;
+    # "threads": each for itself; "auto": stacked on accelerators and in jobs of several processes.
+    config.grid.side_by_side = "auto"
 
     config.synthesis = ConfigDict()
     config.synthesis.store = ""  # empty: WORKDIR/synthetic

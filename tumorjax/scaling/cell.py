@@ -23,7 +23,7 @@ from tumorjax.scaling.grid import Cell
 from tumorjax.settings import plain
 from tumorjax.synthesis import online
 from tumorjax.training import preemption
-from tumorjax.training.segmenter import train_segmenter
+from tumorjax.training.segmenter import Training, Transform, train_segmenter
 from tumorjax.volumes import Store
 
 RESULT_COLUMNS = ("cell", "arm", "n_real", "n_synthetic", "seed", "split", *SUMMARY_COLUMNS)
@@ -77,27 +77,50 @@ def run_cell(
     """
     config = ConfigDict(config.to_dict())
     config.seed = cell.seed
+    training = training_of(cell, scans, folder, progress)
+    apply = train_segmenter(
+        config,
+        training.sources,
+        folder,
+        mesh,
+        clock=clock,
+        progress=progress,
+        transform=transform_of(config, mesh) if scans.hosts else None,
+        hosts=training.hosts,
+    )
+    test(apply, config, scans, folder, clock)
+    conclude(cell, config, scans, folder, clock)
+
+
+def training_of(
+    cell: Cell,
+    scans: Scans,
+    folder: Path,
+    progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None,
+) -> Training:
+    """Returns what a cell's network is trained on."""
     sources = [(scans.store, case) for case in scans.real]
     if scans.synthetic_store is not None:
         sources += [(scans.synthetic_store, case) for case in scans.synthetic]
     hosts = range(len(sources), len(sources) + len(scans.hosts))
     sources += [(scans.store, case) for case in scans.hosts]
-    transform = None
-    if scans.hosts:
-        transform = online.from_settings(
-            plain(config.synthesis), config.task.classes, config.preparation, mesh
-        )
-    apply = train_segmenter(
-        config,
-        sources,
-        folder,
-        mesh,
-        clock=clock,
-        progress=progress,
-        transform=transform,
-        hosts=hosts,
+    return Training(cell.seed, sources, folder, hosts, progress)
+
+
+def transform_of(config: ConfigDict, mesh: Mesh) -> Transform:
+    """Returns what puts tumours into crops of `Scans.hosts`."""
+    return online.from_settings(
+        plain(config.synthesis), config.task.classes, config.preparation, mesh
     )
-    rows = test(apply, config, scans, folder, clock)
+
+
+def conclude(cell: Cell, config: ConfigDict, scans: Scans, folder: Path, clock: Clock) -> None:
+    """Gathers the results of a cell of which every test scan was measured."""
+    rows = [
+        row
+        for _, case in scans.tests
+        for row in json.loads((folder / "cases" / f"{case}.json").read_text())
+    ]
     write_csv_atomic(folder / "cases.csv", rows, CASE_COLUMNS)
     write_bytes_atomic(folder / "samples.npz", _gather_samples(config, scans.tests, folder))
     lines = []
@@ -119,25 +142,35 @@ def run_cell(
 
 
 def test(
-    apply: jax.tree_util.Partial, config: ConfigDict, scans: Scans, folder: Path, clock: Clock
-) -> list[dict[str, Any]]:
-    """Segments and measures every test scan; those already measured are not done again.
+    apply: jax.tree_util.Partial,
+    config: ConfigDict,
+    scans: Scans,
+    folder: Path,
+    clock: Clock,
+    mesh: Mesh | None = None,
+    part: slice = slice(None),
+) -> None:
+    """Segments and measures test scans; those already measured are not done again.
 
-    Returns:
-        the rows of cases.csv.
+    Args:
+        apply: the trained network.
+        config: of the study.
+        scans: with the tests.
+        folder: of the cell; gets cases/.
+        clock: gets the phases load, infer and metrics.
+        mesh: devices of this process to segment on; None for that on which the weights lie.
+        part: of the tests, where several processes share them.
     """
     table = class_table(config.task.classes)
     mirrored = None
     if 0 in tuple(config.inference.mirror_axes):
         mirrored = mirror_table(config.task.classes)
     samples = sample_cases(config, scans.tests)
-    rows = []
-    for split, case in scans.tests:
+    for split, case in scans.tests[part]:
         preemption.stop_if_told(f"testing {folder.name}")
         path = folder / "cases" / f"{case}.json"
         picture = folder / "cases" / f"{case}.npz"
         if path.is_file() and (case not in samples or picture.is_file()):
-            rows += json.loads(path.read_text())
             continue
         with clock("load"):
             image = scans.store.read(case, "image")
@@ -153,6 +186,7 @@ def test(
                 batch_size=config.inference.batch_size,
                 mirror_table=mirrored,
                 skip_air=config.inference.skip_air,
+                mesh=mesh,
             )
             prediction = probabilities.argmax(-1).astype(np.uint8)
         with clock("metrics"):
@@ -171,8 +205,6 @@ def test(
             tumors = list(tumor_classes(config.task.classes).values())
             _save_sample(picture, image, truth, prediction, tumors)
         write_json_atomic(path, measured)
-        rows += measured
-    return rows
 
 
 def sample_cases(config: ConfigDict, tests: Sequence[tuple[str, str]]) -> set[str]:

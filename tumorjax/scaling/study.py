@@ -2,7 +2,8 @@
 
 Steps, each of which continues where it was stopped: prepare the store, split the cohort, make the
 synthetic scans, train and test every cell of the grid, gather results.csv, fit the laws, write the
-report. Several processes may be started on one workdir; they share the cells.
+report. Several processes may be started on one workdir, each for itself; they share the cells. Or
+they are one job (processes.coordinator) and train the cells side by side, see waves.py.
 """
 
 import json
@@ -18,14 +19,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data_prep.prepared_store import prepared_store
-from tumorjax import parallel
+from tumorjax import parallel, processes
 from tumorjax.anatomy import class_table, tumor_classes
 from tumorjax.clock import Clock
 from tumorjax.data import cohort
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv, write_csv_atomic, write_json_atomic
 from tumorjax.locks import locked
-from tumorjax.scaling import grid, laws, report, synthetic_arm
+from tumorjax.scaling import grid, laws, report, synthetic_arm, waves
 from tumorjax.scaling.cell import RESULT_COLUMNS, Scans, is_done, run_cell
 from tumorjax.scaling.results import REAL, WITH_SYNTHETIC
 from tumorjax.settings import first_difference, plain
@@ -37,6 +38,10 @@ from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
 _FREE = ("mesh", "processes", "workers", "cpu_devices")
+_FREE_OF_GRID = ("side_by_side",)
+_WAYS = ("auto", "stacked", "threads")
+# That others wait while one process prepares, makes synthetic scans or writes the report.
+_WAIT_SECONDS = 7 * 24 * 3600.0
 _REJECTED_COLUMNS = ("case", "stage", "reason")
 
 
@@ -62,6 +67,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         print(f"{workdir}: already finished, see {workdir / 'report' / 'index.html'}")
         return 1 if _rejected(workdir) else 0
     mesh = parallel.make_mesh(config.mesh)
+    stacked = _is_stacked(config, mesh, cells)
     with clock("prepare"):
         store, rejected = prepared_store(config, workdir)
     records = {case: store.record(case) for case in store.cases}
@@ -79,7 +85,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     synthetic_store, implants = None, []
     if WITH_SYNTHETIC in config.grid.arms:
         source = synthetic_arm.origin(synthesis, {case: records[case] for _, case in tests})
-        write_json_atomic(workdir / "synthesis.json", source._asdict())
+        if processes.is_first():
+            write_json_atomic(workdir / "synthesis.json", source._asdict())
         implants = cohort.plan_synthetic(
             split, records, synthesis.per_real * max(n_reals), synthesis, config.seed
         )
@@ -121,29 +128,29 @@ def run(config: ConfigDict, workdir: Path) -> int:
             clock,
             progress.training(cell),
         )
+        done(cell)
+
+    def done(cell: grid.Cell) -> None:
         progress.done(cell, json.loads((folders[cell] / "results.json").read_text()))
 
-    failed = grid.share(
-        cells,
-        workdir / "cells",
-        lambda cell: is_done(folders[cell]),
-        work,
-        parallel.split_cells(mesh),
-    )
+    if stacked:
+        failed = waves.run(cells, config, mesh, folders, scans_of, progress.training, done, clock)
+    else:
+        errors = grid.share(
+            cells,
+            workdir / "cells",
+            lambda cell: is_done(folders[cell]),
+            work,
+            parallel.split_cells(mesh),
+        )
+        failed = {cell: f"{type(error).__name__}: {error}" for cell, error in errors.items()}
     preemption.stop_if_told("the report was to be written")
     rejected += [
-        {"case": cell.id, "stage": "cell", "reason": f"{type(error).__name__}: {error}"}
-        for cell, error in failed.items()
+        {"case": cell.id, "stage": "cell", "reason": reason} for cell, reason in failed.items()
     ]
-    with locked(workdir / ".report.lock"):
-        if not _finished(workdir):
-            if synthetic_store is not None:
-                with clock("realism"):
-                    reference = _reference(cells, folders)
-                    rejected += _realism(
-                        workdir / "realism", store, split.train, synthetic_store, reference
-                    )
-            _gather(config, workdir, folders, rejected, clock)
+    if processes.is_first():
+        _conclude(config, workdir, store, split, synthetic_store, folders, rejected, clock)
+    processes.barrier("report", _WAIT_SECONDS)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in clock.seconds.items())
     print(f"time: {seconds}; in all {clock.total():.0f} s")
     print(f"report: {workdir / 'report' / 'index.html'}")
@@ -151,16 +158,56 @@ def run(config: ConfigDict, workdir: Path) -> int:
         print(f"{len(rejected)} set aside, see {workdir / 'rejected.csv'}")
     if failed and len(failed) == len(cells):
         raise UserError(f"no cell could be trained. {next(iter(failed.values()))}")
-    return 1 if rejected else 0
+    return 1 if rejected or _rejected(workdir) else 0
+
+
+def _conclude(
+    config: ConfigDict,
+    workdir: Path,
+    store: Store,
+    split: cohort.Split,
+    synthetic_store: Store | None,
+    folders: Mapping[grid.Cell, Path],
+    rejected: list[dict[str, Any]],
+    clock: Clock,
+) -> None:
+    """Compares synthetic with real tumours, and writes results, laws and report."""
+    with locked(workdir / ".report.lock"):
+        if not _finished(workdir):
+            if synthetic_store is not None:
+                with clock("realism"):
+                    reference = _reference(list(folders), folders)
+                    rejected += _realism(
+                        workdir / "realism", store, split.train, synthetic_store, reference
+                    )
+            _gather(config, workdir, folders, rejected, clock)
+
+
+def _is_stacked(config: ConfigDict, mesh: Mesh, cells: list[grid.Cell]) -> bool:
+    """Whether cells are trained in one step, or each by a thread or process for itself.
+
+    Raises:
+        UserError: the way that is asked for does not fit the processes or the mesh.
+    """
+    way = config.grid.get("side_by_side", "auto")
+    if way not in _WAYS:
+        raise UserError(f"grid.side_by_side is {way!r}. Expected one of {', '.join(_WAYS)}")
+    if way == "threads" and processes.count() > 1:
+        raise UserError(
+            "grid.side_by_side=threads is for processes that work on their own: start them"
+            " without processes.coordinator, or leave it at auto"
+        )
+    # On a CPU the devices share the cores, and each step would wait for the slowest of them.
+    many = 1 < mesh.shape["cell"] <= len(cells)
+    automatic = processes.count() > 1 or (jax.default_backend() != "cpu" and many)
+    stacked = way == "stacked" or (way == "auto" and automatic)
+    if stacked:
+        waves.check(config, mesh, cells)
+    return stacked
 
 
 def _check(config: ConfigDict, workdir: Path) -> None:
     """Refuses what cannot be run before anything is made, and keeps the study's configuration."""
-    if jax.process_count() > 1 or config.processes.coordinator:
-        raise UserError(
-            "a study's processes work on their own: start several on one workdir, without"
-            " processes.coordinator"
-        )
     class_table(config.task.classes)
     if not tumor_classes(config.task.classes):
         raise UserError("task.classes has no tumour. Add one, for instance liver_lesion")
@@ -180,11 +227,10 @@ def _check(config: ConfigDict, workdir: Path) -> None:
             f"data.root is empty. Give the folder of the {config.data.source} scans, or data.store"
         )
     path = workdir / "config.json"
-    wanted = {key: value for key, value in plain(config).items() if key not in _FREE}
+    wanted = _settings(plain(config))
     with locked(workdir / ".config.lock"):
         if path.is_file():
-            known = {k: v for k, v in json.loads(path.read_text()).items() if k not in _FREE}
-            difference = first_difference(known, wanted)
+            difference = first_difference(_settings(json.loads(path.read_text())), wanted)
             if difference:
                 raise UserError(
                     f"{workdir} holds a study with other settings: {difference}."
@@ -192,6 +238,13 @@ def _check(config: ConfigDict, workdir: Path) -> None:
                 )
         else:
             write_json_atomic(path, plain(config))
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what of a configuration decides the results."""
+    kept = {key: value for key, value in values.items() if key not in _FREE}
+    grid_settings = {k: v for k, v in values["grid"].items() if k not in _FREE_OF_GRID}
+    return kept | {"grid": grid_settings}
 
 
 def _reference(cells: list[grid.Cell], folders: Mapping[grid.Cell, Path]) -> str:
