@@ -88,7 +88,7 @@ def run_cell(
         transform=transform_of(config, mesh) if scans.hosts else None,
         hosts=training.hosts,
     )
-    test(apply, config, scans, folder, clock)
+    segment_and_measure(apply, config, scans, folder, clock)
     conclude(cell, config, scans, folder, clock)
 
 
@@ -141,7 +141,7 @@ def conclude(cell: Cell, config: ConfigDict, scans: Scans, folder: Path, clock: 
     write_json_atomic(folder / "results.json", lines)
 
 
-def test(
+def segment_and_measure(
     apply: jax.tree_util.Partial,
     config: ConfigDict,
     scans: Scans,

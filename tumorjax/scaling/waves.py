@@ -165,13 +165,13 @@ def _run_wave(
     trained, diverged = train_side_by_side(
         config, trainings, mesh, clock=clock, transform=transform
     )
-    for position, error in diverged.items():
-        note(mine[position], error)
+    for position, reason in diverged.items():
+        note(mine[position], reason)
 
     def test(position: int, apply: jax.tree_util.Partial, local: Mesh | None) -> None:
         owners = parallel.processes_of(places[position])
         part = slice(owners.index(jax.process_index()), None, len(owners))
-        cells_module.test(
+        cells_module.segment_and_measure(
             apply, config, scans[position], folders[mine[position]], clock, local, part
         )
 
