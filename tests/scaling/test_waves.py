@@ -1,17 +1,24 @@
 """A study whose cells are trained in waves leaves what it leaves when they are trained in turn."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from tests.scaling.test_study import small_config
+from tests.scaling.test_study import SMALL, small_config
 from tumorjax import parallel
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv
 from tumorjax.scaling import grid, study, waves
 from tumorjax.training.checkpoints import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +31,34 @@ def in_turn(tmp_path_factory):
     return workdir
 
 
+# Not AdamW: a bias before a norm has no gradient but rounding, which AdamW makes steps of.
+_CHANGES = {"training.optimizer": "sgd", "grid.n_real": (1, 2, 3), "grid.arms": ("real",)}
+
+
 def _config(**changes):
-    # Not AdamW: a bias before a norm has no gradient but rounding, which AdamW makes steps of.
-    wanted = {"training.optimizer": "sgd", "grid.n_real": (1, 2, 3), "grid.arms": ("real",)}
-    return small_config(**wanted | changes)
+    return small_config(**_CHANGES | changes)
+
+
+def _same(first, second):
+    one, other = (read_csv(folder / "results.csv") for folder in (first, second))
+    assert [row["cell"] for row in one] == [row["cell"] for row in other]
+    for a, b in zip(one, other, strict=True):
+        for name in ("n_patients", "n_tumors", "n_synthetic"):
+            assert a[name] == b[name]
+        for name in ("dsc", "nsd"):
+            assert (a[name] == "") == (b[name] == "")
+            if a[name]:
+                assert float(a[name]) == pytest.approx(float(b[name]), abs=0.5)
+    for cell in sorted({row["cell"] for row in one}):
+        networks = [load_model(folder / "cells" / cell) for folder in (first, second)]
+        values, others = (apply.args[0] for apply, _ in networks)
+        for name, value in values.items():
+            np.testing.assert_allclose(others[name], value, atol=2e-4, err_msg=f"{cell} {name}")
+        assert networks[0][1].seed == networks[1][1].seed
+        curves = [read_csv(f / "cells" / cell / "metrics.csv") for f in (first, second)]
+        assert [row["step"] for row in curves[1]] == ["2", "4", "6"]
+        for a, b in zip(*curves, strict=True):
+            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3)
 
 
 def test_waves_leave_what_cells_in_turn_leave(in_turn, tmp_path):
@@ -38,28 +69,40 @@ def test_waves_leave_what_cells_in_turn_leave(in_turn, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: devices)
         assert study.run(config, tmp_path) in (0, 1)
-    one, other = (read_csv(folder / "results.csv") for folder in (in_turn, tmp_path))
-    assert [row["cell"] for row in one] == [row["cell"] for row in other]
-    for a, b in zip(one, other, strict=True):
-        for name in ("n_patients", "n_tumors", "n_synthetic"):
-            assert a[name] == b[name]
-        for name in ("dsc", "nsd"):
-            assert (a[name] == "") == (b[name] == "")
-            if a[name]:
-                assert float(a[name]) == pytest.approx(float(b[name]), abs=0.5)
-    for cell in sorted({row["cell"] for row in one}):
-        networks = [load_model(folder / "cells" / cell) for folder in (in_turn, tmp_path)]
-        first, second = (apply.args[0] for apply, _ in networks)
-        for name, value in first.items():
-            np.testing.assert_allclose(second[name], value, atol=2e-4, err_msg=f"{cell} {name}")
-        assert networks[0][1].seed == networks[1][1].seed
-        curves = [read_csv(f / "cells" / cell / "metrics.csv") for f in (in_turn, tmp_path)]
-        assert [row["step"] for row in curves[1]] == ["2", "4", "6"]
-        for a, b in zip(*curves, strict=True):
-            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3)
+    _same(in_turn, tmp_path)
     # The way is no setting of the study: it may go on in another.
     again = _config(**{"data.store": str(in_turn / "store")})
     assert study.run(again, tmp_path) in (0, 1)
+
+
+def test_two_processes_of_one_job_leave_what_one_leaves(in_turn, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    changes = SMALL | _CHANGES | {"data.store": str(in_turn / "store")}
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    flags += ["--config.cpu_devices=1", f"--config.processes.coordinator=127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "tumorjax.main", "--config=configs/scaling.py"]
+    command += [f"--workdir={tmp_path}", *flags, "--config.processes.num_processes=2"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    running = [
+        subprocess.Popen(
+            [*command, f"--config.processes.process_id={index}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=600)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    _same(in_turn, tmp_path)
+    # Two cells side by side, then the third; each process reported its own.
+    assert "real-n0001-s0: " in said[0]
+    assert "real-n0002-s0: " in said[1]
+    assert (tmp_path / "report" / "index.html").is_file()
 
 
 def test_a_cell_that_fails_is_set_aside_and_its_wave_goes_on(in_turn, tmp_path, monkeypatch):

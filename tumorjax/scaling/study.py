@@ -91,9 +91,14 @@ def run(config: ConfigDict, workdir: Path) -> int:
             split, records, synthesis.per_real * max(n_reals), synthesis, config.seed
         )
         if not synthesis.online and source.trained_on != "cell":
-            with clock("synthesize"), locked(workdir / ".synthesize.lock"):
-                url = synthesis.store or str(workdir / "synthetic")
-                rejected += make_store(store, url, implants, synthesis, progress=_bar("implant"))
+            url = synthesis.store or str(workdir / "synthetic")
+            with clock("synthesize"):
+                if processes.is_first():
+                    with locked(workdir / ".synthesize.lock"):
+                        rejected += make_store(
+                            store, url, implants, synthesis, progress=_bar("implant")
+                        )
+                rejected = processes.gather(rejected, _WAIT_SECONDS)[0]
                 synthetic_store = open_store(url)
 
     def scans_of(cell: grid.Cell, place: Mesh) -> Scans:

@@ -24,6 +24,7 @@ from tumorjax.scaling import cell as cells_module
 from tumorjax.scaling.cell import Scans
 from tumorjax.scaling.grid import Cell
 from tumorjax.scaling.results import WITH_SYNTHETIC
+from tumorjax.training import preemption
 from tumorjax.training.segmenter import Training, train_side_by_side
 
 # Cells of one wave are tested for as long as it takes; a process that is gone ends the job itself.
@@ -83,6 +84,7 @@ def run(
     """
     failed: dict[Cell, str] = {}
     while True:
+        preemption.stop_if_told("cells were trained and tested")
         with ExitStack() as claims:
             wave, others = _next_wave(grid, config, mesh, folders, failed, claims)
             if wave:

@@ -22,6 +22,10 @@ from tumorjax.clock import Clock
 from tumorjax.files import read_csv, write_csv_atomic
 from tumorjax.training import checkpoints, preemption
 
+# Cells come here hours apart where each trains a synthesizer first. A process that is gone ends the
+# job by itself.
+_WAIT_SECONDS = 7 * 24 * 3600.0
+
 Batch = Mapping[str, np.ndarray]
 Step = Callable[[Any, dict[str, Array]], tuple[Any, dict[str, Array]]]
 StackedStep = Callable[[Any, dict[str, Array], Array], tuple[Any, dict[str, Array]]]
@@ -173,7 +177,7 @@ def train_side_by_side(
         left = max((plan.steps - t.position for t in trainings.values()), default=0)
         batch = dict.fromkeys(own, idle[1])
         # All processes make as many steps as the slowest cell needs: a step is made together.
-        total = max(processes.gather(left))
+        total = max(processes.gather(left, _WAIT_SECONDS))
         for made in range(1, total + 1):
             numbers = {p: training.position + made for p, training in trainings.items()}
             active = [p for p, n in numbers.items() if n <= plan.steps and p not in failed]
@@ -194,14 +198,18 @@ def train_side_by_side(
                 training, number = trainings[position], numbers[position]
                 try:
                     # At each step: a frozen state would not show later that it went wrong.
-                    if stop or training.is_due(number) or not math.isfinite(found[position]["loss"]):
+                    if (
+                        stop
+                        or training.is_due(number)
+                        or not math.isfinite(found[position]["loss"])
+                    ):
                         cell = parallel.cell_state(mesh, state, position)
                         training.keep(number, found[position], cell, stop)
                 except Diverged as error:
                     failed[position] = error
             if stop:
                 raise preemption.Preempted(
-                    f"{len(active)} trainings side by side: told to stop, what they reached is saved"
+                    f"told to stop: what {len(active)} trainings have reached is saved"
                 )
         return {p: parallel.cell_state(mesh, state, p) for p in trainings}, failed
 
