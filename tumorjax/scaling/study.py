@@ -35,7 +35,7 @@ from tumorjax.training.segmenter import check_network
 from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
-_FREE = ("mesh", "processes", "workers", "cpu_devices")
+_FREE = ("mesh", "processes", "workers", "cpu_devices", "monitor")
 _REJECTED_COLUMNS = ("case", "stage", "reason")
 
 
