@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tumorjax import parallel
+from tumorjax.clock import Clock
 from tumorjax.errors import Preempted, UserError
-from tumorjax.training import monitor
+from tumorjax.files import read_csv
+from tumorjax.training import loop, monitor
 from tumorjax.training.monitor import Monitor
 
 PATIENT = "BDMAP_00004711"
@@ -106,18 +109,6 @@ def test_the_record_says_how_a_training_ended(tmp_path, clock, error, state):
     assert record["reason"] == ("" if error is None else f"{type(error).__name__}: {error}")
 
 
-def test_only_one_process_writes(tmp_path):
-    watched = Monitor({"profile_steps": (1, 2)}, tmp_path, writes=False)
-    watched.start(0, 2)
-    for number in (1, 2):
-        with watched.trace(number):
-            watched.step(number, 0.1, 0.1)
-        watched.row(number, {"loss": 1.0})
-        watched.save(number, 0.1)
-    watched.end()
-    assert not list(tmp_path.iterdir())
-
-
 def scalars_of(folder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder))
@@ -194,7 +185,7 @@ def test_a_profile_has_its_steps_once_in_a_run(tmp_path):
         watched = Monitor(settings, folder, tmp_path)
         watched.start(position, last)
         for number in range(position + 1, last + 1):
-            with monitor.trace(watched, number):
+            with watched.trace(number):
                 double(jnp.ones((8, 8))).block_until_ready()
             watched.step(number, 0.0, 0.1)
         watched.end()
@@ -213,7 +204,6 @@ def test_a_profile_has_its_steps_once_in_a_run(tmp_path):
     }
     assert numbers == {3, 4}
     assert train(tmp_path / "third", 0, 6) == [path]
-    assert monitor.trace(None, 3).__enter__() is None
 
 
 def test_a_profile_of_a_training_that_ends_is_kept(tmp_path):
@@ -231,6 +221,7 @@ def test_a_profile_of_a_training_that_ends_is_kept(tmp_path):
 def test_weights_and_biases_offline_gets_numbers_and_no_names(tmp_path, clock, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setattr(sys, "argv", ["tumorjax", f"--config.data.cases={PATIENT}"])
+    monkeypatch.setattr(socket, "gethostname", lambda: "workstation-of-somebody")
     config = {
         "monitor": {"wandb": "liver", "wandb_mode": "offline"},
         "seed": 17,
@@ -238,7 +229,7 @@ def test_weights_and_biases_offline_gets_numbers_and_no_names(tmp_path, clock, m
         "training": {"learning_rate": 0.0625, "start_from": f"/home/{PATIENT}"},
     }
     folder = tmp_path / "real-n0002-s0"
-    watched = monitor.of_training(config, folder, tmp_path, ("seed", "training"))
+    watched = monitor.of_training(config, folder, ("seed", "training"))
     watched.start(0, 4)
     print(PATIENT)
     steps(clock, watched, (1, 2))
@@ -257,7 +248,7 @@ def test_weights_and_biases_offline_gets_numbers_and_no_names(tmp_path, clock, m
     for path in (folder / "wandb").rglob("*"):
         if path.is_file():
             assert PATIENT.encode() not in path.read_bytes(), path
-    assert socket.gethostname().encode() not in content
+    assert b"workstation-of-somebody" not in content
 
 
 @pytest.mark.parametrize(
@@ -298,3 +289,66 @@ def test_the_loss_of_time_is_interpolated_where_no_save_is_known(tmp_path, clock
     record = record_of(tmp_path)
     np.testing.assert_allclose(record["useful_seconds"], 20.0)
     assert record["repeated_steps"] == 40
+
+
+def train(folder, watched, steps, calls=None):
+    """Trains one weight, and stops it (as a kill would) where the loader ends."""
+    mesh = parallel.make_mesh({"data": 2}, jax.devices()[:2])
+    state = {"parameters": {"w": jnp.ones((4, 4))}, "step": jnp.zeros((), jnp.int32)}
+    shardings = parallel.state_shardings(mesh, state)
+    rows = {"x": parallel.sample_sharding(mesh)}
+
+    def descend(state, batch):
+        def loss(w):
+            return jnp.mean((batch["x"] @ w) ** 2)
+
+        value, slope = jax.value_and_grad(loss)(state["parameters"]["w"])
+        new = {"parameters": {"w": state["parameters"]["w"] - 0.1 * slope}}
+        return new | {"step": state["step"] + 1}, {"loss": value}
+
+    step = jax.jit(descend, in_shardings=(shardings, rows), donate_argnums=0)
+
+    def batches_from(position):
+        for number in range(position, steps if calls is None else calls):
+            yield {"x": np.random.default_rng(number).random((6, 4), np.float32)}
+
+    return loop.train(
+        folder,
+        jax.device_put(state, shardings),
+        step,
+        batches_from,
+        mesh=mesh,
+        steps=steps,
+        save_every=2,
+        log_every=1,
+        clock=Clock(),
+        monitor=watched,
+    )
+
+
+def test_the_loop_tells_of_a_training_that_was_stopped_and_goes_on(tmp_path):
+    pytest.importorskip("tensorboard")
+    settings = {"tensorboard": True, "profile_steps": (4, 5), "peak_flops": 1e9}
+    with pytest.raises(StopIteration):
+        train(tmp_path, Monitor(settings, tmp_path), steps=8, calls=5)
+    record = record_of(tmp_path)
+    assert (record["state"], record["step"], record["steps"]) == ("failed", 5, 8)
+    assert [number for number, _ in record["saves"]] == [2, 4]
+    end = train(tmp_path, Monitor(settings, tmp_path), steps=8)
+    record = record_of(tmp_path)
+    assert (record["state"], record["step"], record["starts"]) == ("trained", 8, 2)
+    assert record["repeated_steps"] == 1
+    assert 0 < monitor.goodput(record, record["written"]) < 1
+    assert record["step_seconds"] > 0
+    scalars = scalars_of(tmp_path / "tensorboard")
+    curve = {int(row["step"]): float(row["loss"]) for row in read_csv(tmp_path / "metrics.csv")}
+    assert scalars["loss"] == pytest.approx(curve, abs=1e-6)
+    assert list(scalars["mfu"]) == list(range(1, 9))
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    # As without anybody who watches.
+    alone = train(tmp_path / "alone", None, steps=8)
+    np.testing.assert_array_equal(end["parameters"]["w"], alone["parameters"]["w"])
+    assert not (tmp_path / "alone" / "goodput.json").exists()
+    # A finished one is not started again.
+    train(tmp_path, Monitor(settings, tmp_path), steps=8)
+    assert record_of(tmp_path) == record

@@ -31,6 +31,7 @@ from tumorjax.scaling.results import REAL, WITH_SYNTHETIC
 from tumorjax.settings import first_difference, plain
 from tumorjax.synthesis import realism
 from tumorjax.synthesis.store import make_store
+from tumorjax.training import monitor
 from tumorjax.training.segmenter import check_network
 from tumorjax.volumes import Store, open_store
 
@@ -173,6 +174,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         synthetic_arm.check(config.synthesis)
     check_network(config)
     laws.check_settings(config.laws)
+    monitor.check_settings(config.get("monitor", {}))
     if not config.data.store and not config.data.root and config.data.source != "virtual":
         raise UserError(
             f"data.root is empty. Give the folder of the {config.data.source} scans, or data.store"

@@ -80,8 +80,6 @@ class Monitor:
         folder: Path,
         workdir: Path | None = None,
         details: Mapping[str, Any] | None = None,
-        *,
-        writes: bool = True,
     ) -> None:
         """Checks the settings; nothing is written yet.
 
@@ -90,14 +88,12 @@ class Monitor:
             folder: of the training: gets goodput.json, tensorboard/ and wandb/.
             workdir: of the job, gets profile/; None for `folder`.
             details: settings of the training, for Weights & Biases.
-            writes: False in processes that leave writing to another one.
 
         Raises:
             UserError: a setting cannot be used, or a package for it is missing.
         """
-        settings = DEFAULTS | dict(settings)
         self._folder, self._workdir = folder, workdir or folder
-        self._settings, self._details, self._writes = settings, dict(details or {}), writes
+        self._settings, self._details = DEFAULTS | dict(settings), dict(details or {})
         self._profile_steps = check_settings(settings)
         self._record: dict[str, Any] = {}
         self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
@@ -115,8 +111,6 @@ class Monitor:
             position: steps that the newest checkpoint has.
             steps: length of the training.
         """
-        if not self._writes:
-            return
         self._record = _continued(_read(self._folder / RECORD), position, time.time())
         self._record |= {"steps": steps, "state": "running", "reason": "", **_process()}
         self._recent.clear()
@@ -131,7 +125,7 @@ class Monitor:
     def trace(self, number: int) -> AbstractContextManager:
         """Returns what a step is to be run in, so that profiles show it by its number."""
         first, last = self._profile_steps
-        if number == first and self._profile is None and self._writes:
+        if number == first and self._profile is None:
             self._profile = _start_profile(self._workdir / "profile")
         if self._profile is None:
             return contextlib.nullcontext()
@@ -162,8 +156,6 @@ class Monitor:
             load_seconds: waited for its batch.
             step_seconds: from the batch to the result.
         """
-        if not self._writes:
-            return
         record = self._record
         record["step"] = number
         self._since_row.append((load_seconds, step_seconds))
@@ -179,7 +171,7 @@ class Monitor:
 
     def row(self, number: int, scalars: Mapping[str, float]) -> None:
         """Records a row of the training curve, and the speed since the last one."""
-        if not self._writes or not self._sinks:
+        if not self._sinks:
             return
         values = dict(scalars) | self._speed()
         for log, _ in self._sinks:
@@ -188,8 +180,6 @@ class Monitor:
 
     def save(self, number: int, seconds: float) -> None:
         """Records that a checkpoint was saved after a step, and how long training waited for it."""
-        if not self._writes:
-            return
         self._save_seconds.append(seconds)
         self._record["saves"].append([number, round(self._record["useful_seconds"], 3)])
         self._record["save_seconds"] = round(self._record["save_seconds"] + seconds, 3)
@@ -202,7 +192,7 @@ class Monitor:
             error: what ended the training before its last step.
         """
         self._stop_profile()
-        if not self._writes or not self._record:
+        if not self._record:
             return
         if error is None:
             state = "trained" if self._record["step"] >= self._record["steps"] else "stopped"
@@ -251,11 +241,6 @@ class Monitor:
             profile.close()
 
 
-def trace(monitor: Monitor | None, number: int) -> AbstractContextManager:
-    """Returns what a step is to be run in, see `Monitor.trace`; nothing where there is none."""
-    return contextlib.nullcontext() if monitor is None else monitor.trace(number)
-
-
 def check_settings(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Checks the section `monitor` and the packages that it needs.
 
@@ -265,6 +250,7 @@ def check_settings(settings: Mapping[str, Any]) -> tuple[int, int]:
     Raises:
         UserError: a setting cannot be used, or a package is missing.
     """
+    settings = DEFAULTS | dict(settings)
     if unknown := sorted(set(settings) - set(DEFAULTS)):
         raise UserError(f"monitor has the unknown key {unknown[0]}. Expected {', '.join(DEFAULTS)}")
     steps = tuple(settings["profile_steps"] or (0, 0))
@@ -436,6 +422,7 @@ def _wandb(
         disable_code=True,
         disable_git=True,
         disable_job_creation=True,
+        host="",
         save_code=False,
         silent=True,
         x_disable_meta=True,
@@ -464,25 +451,20 @@ def _wandb(
     return log, lambda well: logged.finish(exit_code=0 if well else 1)
 
 
-def of_training(
-    config: Mapping[str, Any],
-    folder: Path,
-    workdir: Path | None,
-    sections: Sequence[str],
-    *,
-    writes: bool = True,
-) -> Monitor:
+def of_training(config: Mapping[str, Any], folder: Path, sections: Sequence[str]) -> Monitor:
     """Returns the monitor of one training of a job.
 
     Args:
         config: of the job; its section "monitor" may be missing.
-        folder: of the training.
-        workdir: of the job.
+        folder: of the training. That of a cell lies in cells/ of its study's workdir.
         sections: of the config that describe the training; none of them may name a patient.
-        writes: see `Monitor`.
     """
     details = {name: config[name] for name in sections if name in config}
-    if "training" in details:
-        # A path of this machine.
-        details["training"] = {k: v for k, v in details["training"].items() if k != "start_from"}
-    return Monitor(config.get("monitor", {}), folder, workdir, details, writes=writes)
+    # Paths are of this machine alone.
+    details["training"] = {
+        key: value
+        for key, value in details.get("training", {}).items()
+        if key not in ("start_from", "perceptual")
+    }
+    workdir = folder.parent.parent if folder.parent.name == "cells" else folder
+    return Monitor(config.get("monitor", {}), folder, workdir, details)
