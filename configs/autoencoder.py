@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import scaling
 from tumorjax import processes
+from tumorjax.training import monitor
 
 VARIANTS = ("virtual", "paper")
 
@@ -88,6 +89,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     config.mesh = ConfigDict({"cell": 1, "data": -1, "fsdp": 1, "space": 1})
     config.processes = ConfigDict(processes.DEFAULTS)  # that train together
+    config.monitor = ConfigDict(monitor.DEFAULTS)  # where curves and profiles go
 
     if variant == "paper":
         _paper(config)

@@ -27,7 +27,10 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config = ConfigDict(
         {
             name: first[name]
-            for name in ("seed", "workers", "data", "virtual", "preparation", "mesh", "processes")
+            for name in (
+                *("seed", "workers", "data", "virtual", "preparation", "mesh", "processes"),
+                "monitor",
+            )
         }
     )
     config.job = "diffusion"

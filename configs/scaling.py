@@ -18,6 +18,7 @@ from data_prep import virtual_abdomen
 from tumorjax import processes
 from tumorjax.data import augmentation
 from tumorjax.evaluation import settings as evaluation
+from tumorjax.training import monitor
 
 VARIANTS = ("virtual", "virtual_large", "worth", "paper", "paper_pancreas")
 
@@ -136,6 +137,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.mesh = ConfigDict({"cell": -1, "data": 1, "fsdp": 1, "space": 1})
     # Processes that train together, see tumorjax/cluster.py: coordinator "" for one process alone.
     config.processes = ConfigDict(processes.DEFAULTS)
+    config.monitor = ConfigDict(monitor.DEFAULTS)  # where curves and profiles go
 
     if variant == "virtual_large":
         _virtual_large(config)

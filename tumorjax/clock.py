@@ -6,6 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class Lap:
+    """How long one stretch took.
+
+    Attributes:
+        seconds: known when it is over.
+    """
+
+    seconds = 0.0
+
+
 class Clock:
     """Adds up wall time by phase: with clock("train"): ... Threads may share one."""
 
@@ -15,14 +25,14 @@ class Clock:
         self._lock = threading.Lock()
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
+    def __call__(self, phase: str) -> Iterator[Lap]:
+        begin, lap = time.perf_counter(), Lap()
         try:
-            yield
+            yield lap
         finally:
             with self._lock:
-                elapsed = time.perf_counter() - begin
-                self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+                lap.seconds = time.perf_counter() - begin
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + lap.seconds
 
     def total(self) -> float:
         """Seconds since the clock was made."""

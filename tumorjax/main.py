@@ -33,6 +33,7 @@ JOBS = {
     "synthesis": "tumorjax.inference.organs",
     "realism": "tumorjax.synthesis.realism",
     "export": "tumorjax.inference.nnunet_export",
+    "status": "tumorjax.scaling.status",
 }
 
 USAGE = f"""tumorjax --config=configs/JOB.py[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]

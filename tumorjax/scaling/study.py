@@ -32,12 +32,12 @@ from tumorjax.scaling.results import REAL, WITH_SYNTHETIC
 from tumorjax.settings import first_difference, plain
 from tumorjax.synthesis import realism
 from tumorjax.synthesis.store import make_store
-from tumorjax.training import preemption
+from tumorjax.training import monitor, preemption
 from tumorjax.training.segmenter import check_network
 from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
-_FREE = ("mesh", "processes", "workers", "cpu_devices")
+_FREE = ("mesh", "processes", "workers", "cpu_devices", "monitor")
 _FREE_OF_GRID = ("side_by_side",)
 _WAYS = ("auto", "stacked", "threads")
 # That others wait while one process prepares, makes synthetic scans or writes the report.
@@ -227,6 +227,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         synthetic_arm.check(config.synthesis)
     check_network(config)
     laws.check_settings(config.laws)
+    monitor.check_settings(config.get("monitor", {}))
     if not config.data.store and not config.data.root and config.data.source != "virtual":
         raise UserError(
             f"data.root is empty. Give the folder of the {config.data.source} scans, or data.store"

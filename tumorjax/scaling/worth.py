@@ -39,6 +39,7 @@ _FREE = (
     "cpu_devices",
     "mesh",
     "processes",
+    "monitor",
     "report",
     "laws",
 )

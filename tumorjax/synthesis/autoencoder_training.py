@@ -21,11 +21,12 @@ from tumorjax.data import crops
 from tumorjax.errors import UserError
 from tumorjax.files import write_csv_atomic, write_json_atomic
 from tumorjax.models import convolution
+from tumorjax.settings import plain
 from tumorjax.synthesis import leakage, reconstruction, reconstruction_figure
 from tumorjax.synthesis.autoencoder import build
 from tumorjax.synthesis.autoencoder_step import check_training, make_trainer, section
 from tumorjax.synthesis.trained_autoencoder import decode_latents, encode_latents, latent_scale
-from tumorjax.training import checkpoints, loop
+from tumorjax.training import checkpoints, loop, monitor
 from tumorjax.volumes import Store
 
 # Crops may be centred on what a study is about: organs that tumours grow in, and tumours.
@@ -36,6 +37,8 @@ CENTERS = (*_HOSTS, *anatomy.TUMORS)
 # Label ids as they are, so that errors can be told by tissue.
 _CLASSES = {name: (name,) for name in anatomy.LABELS}
 
+# Sections that describe a training to whoever watches it.
+_TOLD = ("seed", "preparation", "model", "training")
 # What a stream of random numbers is for.
 _HELD_OUT, _EVALUATION = 11, 12
 
@@ -195,6 +198,7 @@ def train(
             log_every=training.log_every,
             clock=clock,
             progress=progress,
+            monitor=monitor.of_training(plain(config), folder, _TOLD),
         )
     except loop.Diverged as error:
         raise UserError(f"{error}. {last_checkpoint(folder)}") from error

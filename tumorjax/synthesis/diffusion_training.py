@@ -37,10 +37,12 @@ from tumorjax.synthesis.autoencoder import FACTOR
 from tumorjax.synthesis.autoencoder_training import last_checkpoint, on_host, split_patients
 from tumorjax.synthesis.latent_unet import Inputs
 from tumorjax.synthesis.trained_autoencoder import TrainedAutoencoder
-from tumorjax.training import loop, schedules
+from tumorjax.training import loop, monitor, schedules
 from tumorjax.volumes import Store
 
 SECTIONS = ("job", "seed", "data", "preparation", "model", "diffusion", "training")
+# What may leave the workdir: data says where scans lie.
+_TOLD = tuple(name for name in SECTIONS if name != "data")
 
 
 class Trainer(NamedTuple):
@@ -448,6 +450,7 @@ def train(
                 log_every=training.log_every,
                 clock=clock,
                 progress=progress,
+                monitor=monitor.of_training(plain(config), folder, _TOLD),
             )
         except loop.Diverged as error:
             raise UserError(f"{error}. {last_checkpoint(folder)}") from error

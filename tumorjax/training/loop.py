@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from tumorjax import parallel, processes
-from tumorjax.clock import Clock
+from tumorjax.clock import Clock, Lap
 from tumorjax.files import read_csv, write_csv_atomic
 from tumorjax.training import checkpoints, preemption
+from tumorjax.training.monitor import Monitor
 
 # Cells come here hours apart where each trains a synthesizer first. A process that is gone ends the
 # job by itself.
@@ -61,12 +62,14 @@ class Run:
         state: initial state, on the cell's own part of the mesh.
         batches_from: as for `train`: this process's rows of the cell's batches.
         progress: as for `train`.
+        monitor: as for `train`.
     """
 
     folder: Path
     state: Any
     batches_from: Callable[[int], Iterator[Batch]]
     progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None
+    monitor: Monitor | None = None
 
 
 def train(
@@ -81,6 +84,7 @@ def train(
     log_every: int,
     clock: Clock,
     progress: Callable[[int, Mapping[str, float]], None] = lambda step, row: None,
+    monitor: Monitor | None = None,
 ) -> Any:
     """Trains until `steps`, from the newest checkpoint in the folder if there is one.
 
@@ -95,6 +99,7 @@ def train(
         mesh: of the devices.
         steps, save_every, log_every, clock: see `Plan`.
         progress: called with each row of the curve.
+        monitor: records how it runs, in the process that writes the curve.
 
     Returns:
         the trained state.
@@ -105,18 +110,21 @@ def train(
         UserError: a checkpoint in the folder is of another network, or the disk is full.
     """
     plan = Plan(steps, save_every, log_every, clock)
-    run = Run(folder, state, batches_from, progress)
+    run = Run(folder, state, batches_from, progress, monitor)
     alone = parallel.processes_of(mesh) == [jax.process_index()]
     with _Training(run, plan, mesh) as training:
         state = training.state
         for number in range(training.position + 1, steps + 1):
-            with clock("load"):
+            with clock("load") as load:
                 batch = next(training.batches)
-            with clock("train"):
-                state, scalars = step(state, parallel.put_batch(mesh, batch))
+            with clock("train") as lap, training.trace(number):
+                placed = parallel.put_batch(mesh, batch)
+                state, scalars = step(state, placed)
                 # One step in flight at a time: on CPU, dispatch would otherwise run far ahead
                 # and hold the batches of many steps.
                 jax.block_until_ready(scalars)
+            training.stepped(number, load, lap, step, state, placed)
+            del placed
             stop = preemption.requested(number, alone) and number < steps
             if stop or training.is_due(number):
                 training.keep(number, {k: float(v) for k, v in scalars.items()}, state, stop)
@@ -181,17 +189,21 @@ def train_side_by_side(
         for made in range(1, total + 1):
             numbers = {p: training.position + made for p, training in trainings.items()}
             active = [p for p, n in numbers.items() if n <= plan.steps and p not in failed]
-            with plan.clock("load"):
+            with plan.clock("load") as load:
                 for position in active:
                     batch[position] = next(trainings[position].batches)
-            with plan.clock("train"):
+            with plan.clock("train") as lap, contextlib.ExitStack() as traces:
+                for position in active[:1]:
+                    traces.enter_context(trainings[position].trace(numbers[position]))
                 stacked = {name: np.stack([batch[p][name] for p in own]) for name in idle[1]}
-                state, scalars = step(
-                    state,
-                    parallel.put_batch(mesh, stacked, stacked=True),
-                    _mask(mesh, own, active),
-                )
+                placed = parallel.put_batch(mesh, stacked, stacked=True)
+                mask = _mask(mesh, own, active)
+                state, scalars = step(state, placed, mask)
                 jax.block_until_ready(scalars)
+            for position in active:
+                training = trainings[position]
+                training.stepped(numbers[position], load, lap, step, state, placed, mask)
+            del placed
             stop = preemption.requested(made, alone) and made < total
             found = parallel.cell_values(mesh, scalars)
             for position in active:
@@ -207,6 +219,7 @@ def train_side_by_side(
                         training.keep(number, found[position], cell, stop)
                 except Diverged as error:
                     failed[position] = error
+                    training.stop(error)
             if stop:
                 raise preemption.Preempted(
                     f"told to stop: what {len(active)} trainings have reached is saved"
@@ -231,6 +244,7 @@ class _Training:
         self._writes = jax.process_index() == owners[0]
         some = owners if len(owners) < jax.process_count() else None
         self._manager = checkpoints.open_manager(run.folder, write=True, processes=some)
+        self._monitor = run.monitor if self._writes else None
         self.state, self.position = run.state, 0
         self._rows: list[dict[str, Any]] = []
 
@@ -240,17 +254,40 @@ class _Training:
             self.state, self.position = restored
         self._rows = _rows_until(self._curve, self.position)
         started = self.position < self._plan.steps
+        if started and self._monitor is not None:
+            self._monitor.start(self.position, self._plan.steps)
         self.batches = self._run.batches_from(self.position) if started else iter(())
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        close = getattr(self.batches, "close", None)
-        if close is not None:
-            close()
-        with self._plan.clock("train"):
-            if kind is None or issubclass(kind, preemption.Preempted):
-                checkpoints.finish(self._manager)
-            self._manager.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        try:
+            close = getattr(self.batches, "close", None)
+            if close is not None:
+                close()
+            with self._plan.clock("train"):
+                if kind is None or issubclass(kind, preemption.Preempted):
+                    checkpoints.finish(self._manager)
+                self._manager.close()
+        except BaseException as failure:
+            self.stop(failure)
+            raise
+        self.stop(error)
+
+    def trace(self, number: int) -> contextlib.AbstractContextManager:
+        """Returns what a step is made in, so that a profile shows it."""
+        return contextlib.nullcontext() if self._monitor is None else self._monitor.trace(number)
+
+    def stepped(self, number: int, load: Lap, lap: Lap, step: Callable, *arguments: Any) -> None:
+        """Tells of a step that was made: how long it took, and of what calls of `step` are."""
+        if self._monitor is not None:
+            self._monitor.compiled(step, *arguments)
+            self._monitor.step(number, load.seconds, lap.seconds)
+
+    def stop(self, error: BaseException | None) -> None:
+        """Tells that it has ended, once, and what ended it before its time."""
+        if self._monitor is not None:
+            self._monitor.end(error)
+            self._monitor = None
 
     def is_due(self, number: int) -> bool:
         """Whether something is told or saved after a step."""
@@ -280,11 +317,15 @@ class _Training:
             seconds = round(self._plan.clock.total(), 1)
             self._rows.append({"step": number, "seconds": seconds, **scalars})
             self._run.progress(number, scalars)
+            if self._monitor is not None:
+                self._monitor.row(number, scalars)
         if save or stop:
-            with self._plan.clock("train"):
+            with self._plan.clock("train") as lap:
                 if self._writes and self._rows:
                     write_csv_atomic(self._curve, self._rows, list(self._rows[-1]))
                 checkpoints.save(self._manager, number, state, number)
+            if self._monitor is not None:
+                self._monitor.save(number, lap.seconds)
 
 
 def _mask(mesh: Mesh, own: Sequence[int], active: Sequence[int]) -> Bool[Array, "cells"]:

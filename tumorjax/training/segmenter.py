@@ -24,7 +24,7 @@ from tumorjax.errors import UserError
 from tumorjax.files import write_json_atomic
 from tumorjax.models import convolution
 from tumorjax.settings import plain
-from tumorjax.training import checkpoints, finetuning, loop, losses, schedules
+from tumorjax.training import checkpoints, finetuning, loop, losses, monitor, schedules
 from tumorjax.training.side_by_side import stacked_step
 from tumorjax.volumes import Store, open_store
 
@@ -286,6 +286,7 @@ def train_segmenter(
         log_every=plan.log_every,
         clock=clock,
         progress=progress,
+        monitor=run.monitor,
     )
     return jax.tree_util.Partial(segmenter.apply, state["parameters"])
 
@@ -379,7 +380,8 @@ def _run(
             hosts=training.hosts if online else None,
         )
 
-    return loop.Run(folder, state, batches_from, training.progress)
+    watched = monitor.of_training(plain(config), folder, SECTIONS)
+    return loop.Run(folder, state, batches_from, training.progress, watched)
 
 
 def check_grid_of(store: Store, preparation: ConfigDict) -> None:
@@ -420,6 +422,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         print(f"{workdir}: already finished")
         return 0
     check_network(config)
+    monitor.check_settings(config.get("monitor", {}))
     clock = Clock()
     mesh = parallel.make_mesh(config.mesh)
     with tqdm(total=config.training.steps, unit="step", disable=not sys.stderr.isatty()) as bar:
