@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -26,7 +27,8 @@ from tumorjax.training import loop, schedules
 
 SECTIONS = ("seed", "preparation", "model", "training", "evaluation", "mesh")
 
-_NO_SCORE = {"adversarial": 0.0, "matching": 0.0}
+_OF_DISCRIMINATORS = ("discriminators", "discriminator_optimizer")
+_SCORES = ("adversarial", "matching", "discriminator")
 
 
 class Trainer(NamedTuple):
@@ -97,16 +99,13 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
         state = first(seed)
         return jax.device_put(state, parallel.state_shardings(mesh, state))
 
-    def step(state: dict[str, Any], batch: dict[str, Array], frozen: dict[str, Array]):
+    def step(
+        active: bool, state: dict[str, Any], batch: dict[str, Array], frozen: dict[str, Array]
+    ):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
         # kl's noise is drawn from the key itself, whatever else is trained.
         of_slices = jax.random.fold_in(key, 1)
         image = batch["image"] * 2 - 1
-        active = (
-            state["step"] >= training.adversarial_from
-            if training.adversarial_from
-            else jnp.asarray(False)
-        )
 
         def loss_of(parameters):
             encoded = model.encode(parameters, image)
@@ -124,13 +123,8 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
             if features is not None:
                 scalars["perceptual"] = perceptual.distance(features, frozen, image, decoded)
                 loss = loss + training.perceptual_weight * scalars["perceptual"]
-            if training.adversarial_from:
-                terms = jax.lax.cond(
-                    active,
-                    lambda x: critics.of_generator(state["discriminators"], of_slices, image, x),
-                    lambda x: jax.tree.map(jnp.asarray, _NO_SCORE),
-                    decoded,
-                )
+            if active:
+                terms = critics.of_generator(state["discriminators"], of_slices, image, decoded)
                 scalars |= terms
                 loss = loss + terms["adversarial"]
                 loss = loss + training.feature_matching * terms["matching"]
@@ -148,37 +142,49 @@ def _make_trainer(text: str, mesh: Mesh) -> Trainer:
         }
         norm = optax.global_norm(gradient)
         if training.adversarial_from:
-            fixed = jax.lax.stop_gradient(decoded)
-            trained, critic_loss, critic_norm = jax.lax.cond(
-                active,
-                lambda kept: train_discriminators(kept, of_slices, image, fixed),
-                lambda kept: (kept, jnp.zeros(()), jnp.zeros(())),
-                (state["discriminators"], state["discriminator_optimizer"]),
-            )
-            new["discriminators"], new["discriminator_optimizer"] = trained
-            scalars["discriminator"] = critic_loss
-            norm = norm + critic_norm
+            kept = {name: state[name] for name in _OF_DISCRIMINATORS}
+            if active:
+                fixed = jax.lax.stop_gradient(decoded)
+                kept, critic_loss, critic_norm = train_discriminators(kept, of_slices, image, fixed)
+                scalars["discriminator"] = critic_loss
+                norm = norm + critic_norm
+            else:
+                # One curve, from the first step on.
+                scalars |= dict.fromkeys(_SCORES, jnp.zeros(()))
+            new |= kept
         # A gradient that is no number spoils what is kept: the loss says so.
         loss = jnp.where(jnp.isfinite(norm), loss, jnp.nan)
         scalars = {"loss": loss, "learning_rate": jnp.asarray(rate(state["step"])), **scalars}
         return new, scalars
 
     def train_discriminators(kept, key, image, decoded):
-        parameters, optimizer = kept
+        parameters, optimizer = (kept[name] for name in _OF_DISCRIMINATORS)
         loss, gradient = jax.value_and_grad(critics.loss)(parameters, key, image, decoded)
         changes, optimizer = update.update(gradient, optimizer, parameters)
         parameters = jax.tree.map(jnp.add, parameters, changes)
-        return (parameters, optimizer), loss, optax.global_norm(gradient)
+        new = dict(zip(_OF_DISCRIMINATORS, (parameters, optimizer), strict=True))
+        return new, loss, optax.global_norm(gradient)
 
     shardings = parallel.state_shardings(mesh, jax.eval_shape(lambda: first(0)))
     jitted = jax.jit(
         step,
-        donate_argnums=0,
+        static_argnums=0,
+        donate_argnums=1,
         in_shardings=(shardings, parallel.batch_sharding(mesh), parallel.replicated(mesh)),
         out_shardings=(shardings, parallel.replicated(mesh)),
         compiler_options=convolution.compiler_options(),
     )
-    return Trainer(init, lambda state, batch: jitted(state, batch, perceptual_parameters), model)
+
+    def next_step(state: dict[str, Any], batch: dict[str, Array]):
+        # Two programs, of which the host takes one: XLA computes convolutions within a conditional
+        # up to 180 times slower on CPUs.
+        active = False
+        if training.adversarial_from:
+            taken = np.asarray(state["step"].addressable_data(0))
+            active = bool(taken >= training.adversarial_from)
+        return jitted(active, state, batch, perceptual_parameters)
+
+    return Trainer(init, next_step, model)
 
 
 def check_training(config: ConfigDict) -> None:
