@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ from tests.scaling.test_study import SMALL, small_config
 from tumorjax import parallel
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv
+from tumorjax.heartbeat import LOST
 from tumorjax.scaling import grid, study, waves
 from tumorjax.training.checkpoints import load_model
 
@@ -75,27 +78,31 @@ def test_waves_leave_what_cells_in_turn_leave(in_turn, tmp_path):
     assert study.run(again, tmp_path) in (0, 1)
 
 
-def test_two_processes_of_one_job_leave_what_one_leaves(in_turn, tmp_path):
+def _start(workdir, store):
+    """Starts a study as one job of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    changes = SMALL | _CHANGES | {"data.store": str(in_turn / "store")}
+    changes = SMALL | _CHANGES | {"data.store": str(store)}
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     flags += ["--config.cpu_devices=1", f"--config.processes.coordinator=127.0.0.1:{port}"]
     command = [sys.executable, "-m", "tumorjax.main", "--config=configs/scaling.py"]
-    command += [f"--workdir={tmp_path}", *flags, "--config.processes.num_processes=2"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    running = [
+    command += [f"--workdir={workdir}", *flags, "--config.processes.num_processes=2"]
+    return [
         subprocess.Popen(
             [*command, f"--config.processes.process_id={index}"],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for index in range(2)
     ]
+
+
+def test_two_processes_of_one_job_leave_what_one_leaves(in_turn, tmp_path):
+    running = _start(tmp_path, in_turn / "store")
     said = [process.communicate(timeout=600)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     _same(in_turn, tmp_path)
@@ -103,6 +110,29 @@ def test_two_processes_of_one_job_leave_what_one_leaves(in_turn, tmp_path):
     assert "real-n0001-s0: " in said[0]
     assert "real-n0002-s0: " in said[1]
     assert (tmp_path / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_and_both_go_on(in_turn, tmp_path, killed):
+    running = _start(tmp_path, in_turn / "store")
+    first = tmp_path / "cells" / "real-n0001-s0" / "checkpoints" / "2"
+    deadline = time.monotonic() + 300
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert first.exists()
+    running[killed].send_signal(signal.SIGKILL)
+    since = time.monotonic()
+    said = running[1 - killed].communicate(timeout=120)[0]
+    assert time.monotonic() - since < 60
+    assert running[1 - killed].returncode == LOST, said
+    assert f"process {killed}" in said
+    running[killed].communicate()
+    assert not (tmp_path / "done.json").exists()
+    again = _start(tmp_path, in_turn / "store")
+    said = [process.communicate(timeout=600)[0] for process in again]
+    assert [process.returncode for process in again] == [0, 0], "\n".join(said)
+    _same(in_turn, tmp_path)
 
 
 def test_a_cell_that_fails_is_set_aside_and_its_wave_goes_on(in_turn, tmp_path, monkeypatch):
