@@ -48,7 +48,7 @@ def training(synthesizer: str) -> Row:
     }
     if transform is not None:
         batch["implant"] = np.ones(2, bool)
-    batch = parallel.put_batch(mesh, batch)
+    batch = made.put(batch)
     if transform is not None:
         # Not every place that is drawn will do; what is measured are two tumours.
         _, label = transform(jax.random.key(0), *(batch[k] for k in ("image", "label", "implant")))

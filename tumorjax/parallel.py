@@ -224,8 +224,64 @@ def state_shardings(mesh: Mesh, state: Any, *, stacked: bool = False) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def gathered(mesh: Mesh, parameters: dict[str, Array]) -> dict[str, Array]:
+    """Returns parameters whole on every device, inside jit; their gradients lie as they did.
+
+    With "fsdp" a device holds its share of each parameter and of what the optimizer keeps of it.
+    Said so plainly, XLA gathers the weights and sums the gradients into shares; left to itself, it
+    may gather the activations of one sample after another instead.
+
+    Args:
+        mesh: of the job.
+        parameters: one cell's, by name.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return parameters
+    lying = {name: sharding.spec for name, sharding in state_shardings(mesh, parameters).items()}
+
+    @jax.custom_vjp
+    def gather(parameters):
+        return {n: _constrained(mesh, v, PartitionSpec()) for n, v in parameters.items()}
+
+    def scatter(_, gradient):
+        return ({n: _constrained(mesh, g, lying[n]) for n, g in gradient.items()},)
+
+    gather.defvjp(lambda parameters: (gather(parameters), None), scatter)
+    return gather(parameters)
+
+
+def check_space(mesh: Mesh, patch_size: Sequence[int], divisor: Sequence[int], name: str) -> None:
+    """Checks that a network can be split over "space".
+
+    Args:
+        mesh: of the job.
+        patch_size: voxels (x, y, z).
+        divisor: product of the network's strides along each axis.
+        name: of the network.
+
+    Raises:
+        UserError: its coarsest level has not as many planes for each device; the levels would
+            then move whole between devices.
+    """
+    space, planes = mesh.shape["space"], patch_size[0] // divisor[0]
+    if space > 1 and planes % space:
+        raise UserError(
+            f"mesh.space {space}: a patch of {patch_size[0]} voxels along x has {planes} planes at"
+            f" {name}'s coarsest level, {divisor[0]} times coarser, which do not divide over"
+            f" {space} devices. Make mesh.space one of {_divisors(planes)}, or"
+            f" training.patch_size along x a multiple of {space * divisor[0]}"
+        )
+
+
+def split_batch(mesh: Mesh, volumes: Array) -> Array:
+    """Says, inside jit, that one cell's volumes [b, x, y, z, ...] lie as a batch does."""
+    if rows(mesh) * mesh.shape["space"] == 1:
+        return volumes
+    return _constrained(mesh, volumes, batch_sharding(mesh).spec)
+
+
 def put_batch(
-    mesh: Mesh, batch: Mapping[str, np.ndarray], *, stacked: bool = False
+    mesh: Mesh, batch: Mapping[str, np.ndarray], *, stacked: bool = False, whole: bool = False
 ) -> dict[str, Array]:
     """Moves this process's share of a batch onto its devices.
 
@@ -234,6 +290,7 @@ def put_batch(
         batch: arrays [b, ...] of the rows that `batch_rows` names, in their order; or
             [cells, b, ...] of those cells that `own_cells` names. x is whole.
         stacked: the cells are in front.
+        whole: leave x whole on the devices too, for volumes that are rotated there first.
 
     Returns:
         The batch of all processes.
@@ -244,22 +301,22 @@ def put_batch(
     """
     placed = {}
     for name, array in batch.items():
-        whole, inner = list(array.shape), int(stacked)
+        shape, inner = list(array.shape), int(stacked)
         if stacked:
-            whole[0] = array.shape[0] * mesh.shape["cell"] // len(own_cells(mesh))
-            _check_cells(mesh, whole[0], name)
-        whole[inner] = array.shape[inner] * rows(mesh) // len(_positions(mesh, ROWS))
+            shape[0] = array.shape[0] * mesh.shape["cell"] // len(own_cells(mesh))
+            _check_cells(mesh, shape[0], name)
+        shape[inner] = array.shape[inner] * rows(mesh) // len(_positions(mesh, ROWS))
         # Values of a sample that are no volume, such as its organ, have no first spatial axis.
-        is_volume = array.ndim > inner + 1
-        _check_rows(mesh, whole[inner], name, tuple(whole))
-        if is_volume and whole[inner + 1] % mesh.shape["space"]:
+        split = array.ndim > inner + 1 and not whole
+        _check_rows(mesh, shape[inner], name, tuple(shape))
+        if split and shape[inner + 1] % mesh.shape["space"]:
             raise UserError(
-                f"{name} of shape {tuple(whole)}: {whole[inner + 1]} voxels along x do not divide"
+                f"{name} of shape {tuple(shape)}: {shape[inner + 1]} voxels along x do not divide"
                 f" over {mesh.shape['space']} devices along 'space'. Change training.patch_size,"
-                f" or mesh.space to one of {_divisors(whole[inner + 1])}"
+                f" or mesh.space to one of {_divisors(shape[inner + 1])}"
             )
-        sharding = (batch_sharding if is_volume else sample_sharding)(mesh, stacked=stacked)
-        placed[name] = jax.make_array_from_process_local_data(sharding, array, tuple(whole))
+        sharding = (batch_sharding if split else sample_sharding)(mesh, stacked=stacked)
+        placed[name] = jax.make_array_from_process_local_data(sharding, array, tuple(shape))
     return placed
 
 
@@ -392,6 +449,13 @@ def _check_cells(mesh: Mesh, count: int, name: str) -> None:
             f"{name}: {count} cells do not divide over {mesh.shape['cell']} devices along 'cell'."
             f" Make mesh.cell one of {_divisors(count)}"
         )
+
+
+def _constrained(mesh: Mesh, value: Array, spec: PartitionSpec) -> Array:
+    # Within jax.shard_map some of the axes are taken, which the mesh of the context knows.
+    context = jax.sharding.get_abstract_mesh()
+    sharding = NamedSharding(mesh if context.empty else context, spec)
+    return jax.lax.with_sharding_constraint(value, sharding)
 
 
 def _divisors(count: int) -> list[int]:

@@ -32,7 +32,7 @@ from scipy.ndimage import gaussian_filter
 
 from tumorjax import parallel
 from tumorjax.errors import UserError
-from tumorjax.models.convolution import compiler_options
+from tumorjax.models.convolution import compiler_options, split_along_x
 
 BUCKET = 32
 MAX_WEIGHT = 10.0
@@ -337,7 +337,8 @@ def _weighted_logits(
 ) -> Float32[Array, "b classes+1 x y z"]:
     """Returns the weighted logits, and the weights as one class more."""
     # The flips are values, not code: one copy of the network serves all of them.
-    logits = apply(tiles if flip is None else _flipped(tiles, flip))
+    with split_along_x(mesh):
+        logits = apply(tiles if flip is None else _flipped(tiles, flip))
     if isinstance(logits, (list, tuple)):
         logits = logits[0]
     logits = logits.astype(jnp.float32)

@@ -18,15 +18,23 @@ Milliseconds on 2 cores (AVX-512), float32, two crops, forward / gradient of inp
 
 `python -m benchmarks.convolution` measures them. The backward rule keeps only the input: the taps
 side by side would hold three times the memory of the activations between the passes.
+
+Where devices split x between them, each convolves its own planes with `lax.conv_general_dilated`,
+on every backend, after its neighbours have sent it theirs at the border: see `split_along_x`. XLA
+would find that out by itself from the whole convolution, but not at levels where a device has few
+planes (TPU: it gathers them), nor from the formulations that mix x with the batch.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from tumorjax.models import winograd
@@ -41,6 +49,29 @@ _WINOGRAD_WEIGHTS = 64
 _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
+
+_mesh_with_x_split: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
+    "mesh whose devices share x", default=None
+)
+
+
+@contextlib.contextmanager
+def split_along_x(mesh: Mesh | None) -> Iterator[None]:
+    """Convolutions that are traced within exchange borders where the mesh's "space" splits x.
+
+    A function that jax.jit has traced before is not traced again: wrap the body of what is jitted
+    for one mesh, not its call.
+
+    Args:
+        mesh: over whose "space" the first axis of features is split. None, or where "space" is one
+            device: nothing changes.
+    """
+    split = mesh is not None and mesh.shape["space"] > 1
+    token = _mesh_with_x_split.set(mesh if split else None)
+    try:
+        yield
+    finally:
+        _mesh_with_x_split.reset(token)
 
 
 def convolution(
@@ -57,8 +88,11 @@ def convolution(
         stride: step along each axis. An axis of n voxels becomes ceil(n / step) voxels.
         formulation: "direct" (lax), "planar" (one 2D convolution), "winograd" (planar where the
             kernel or the stride is not Winograd's) or "auto": direct but on CPU, there the
-            faster of the other two.
+            faster of the other two unless devices share x.
     """
+    mesh = _mesh_with_x_split.get()
+    if formulation == "auto" and mesh is not None:
+        return _convolve_split(x, kernel, stride, mesh)
     if formulation == "auto":
         formulation = choose(kernel.shape[3] * kernel.shape[4])
     if formulation == "direct":
@@ -129,6 +163,55 @@ def transposed_convolution(
 def _direct(x, kernel, stride):
     padding = [(n // 2, n // 2) for n in kernel.shape[:3]]
     return lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=_DIMENSIONS_3D)
+
+
+def _convolve_split(x, kernel, stride, mesh: Mesh):
+    """Convolves where the devices of "space" have equal shares of x: each its own planes."""
+    devices = mesh.shape["space"]
+    if x.shape[1] % (devices * stride[0]):
+        # A level that does not divide has no planes of its own on each device.
+        return _direct(x, kernel, stride)
+    before = kernel.shape[0] // 2
+    after = max(before - stride[0] + 1, 0)
+    padding = [(0, 0), *((n // 2, n // 2) for n in kernel.shape[1:3])]
+
+    def convolve(x, kernel):
+        x = _with_borders(x, before, after, devices)
+        return lax.conv_general_dilated(
+            x, kernel, stride, padding, dimension_numbers=_DIMENSIONS_3D
+        )
+
+    planes = PartitionSpec(None, "space")
+    # Where cells are mapped over devices already, the mesh of the context says so.
+    context = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        convolve,
+        mesh=mesh if context.empty else None,
+        in_specs=(planes, PartitionSpec()),
+        out_specs=planes,
+        axis_names={"space"},
+        check_vma=False,
+    )(x, kernel)
+
+
+def _with_borders(x, before: int, after: int, devices: int):
+    """Returns a device's planes with some of its neighbours' on both sides; zeros at the ends."""
+    planes = x.shape[1]
+
+    def from_side(count: int, step: int) -> list[Array]:
+        parts = []
+        # Neighbours of neighbours, where one has fewer planes than the kernel reaches.
+        for hop in range(1, -(-count // planes) + 1):
+            wanted = min(count - (hop - 1) * planes, planes)
+            part = x[:, planes - wanted :] if step > 0 else x[:, :wanted]
+            pairs = [(i, i + step * hop) for i in range(devices)]
+            pairs = [(i, to) for i, to in pairs if 0 <= to < devices]
+            # Who is sent nothing gets zeros: the convolution's padding.
+            parts.append(lax.ppermute(part, "space", pairs) if pairs else jnp.zeros_like(part))
+        return parts
+
+    left, right = from_side(before, 1), from_side(after, -1)
+    return jnp.concatenate([*left[::-1], x, *right], axis=1) if left or right else x
 
 
 def _pointwise(x, kernel, stride):

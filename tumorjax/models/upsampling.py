@@ -4,6 +4,7 @@ import itertools
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from tumorjax.models.layers import he_normal, triple
@@ -33,13 +34,26 @@ def upsample_linear(
             continue
         # New voxels lie a quarter of an old one from its centre; the border voxels are repeated.
         size = x.shape[axis]
-        first, last = (jnp.take(x, jnp.array([i]), axis) for i in (0, size - 1))
-        before = jnp.concatenate([first, jnp.delete(x, size - 1, axis)], axis)
-        after = jnp.concatenate([jnp.delete(x, 0, axis), last], axis)
+        before, after = (_shifted(x, axis, by) for by in (-1, 1))
         pair = [0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after]
         shape = (*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
         x = jnp.stack(pair, axis + 1).reshape(shape).astype(x.dtype)
     return x
+
+
+def _shifted(x: Array, axis: int, by: int) -> Array:
+    """Returns each voxel's neighbour at distance 1, or -1, along an axis; beyond the border itself.
+
+    Padding and cutting, unlike gathering or joining, cost one voxel of a neighbour's on devices
+    that split the axis.
+    """
+    size = x.shape[axis]
+    widths = [(0, 0, 0)] * x.ndim
+    widths[axis] = (max(-by, 0), max(by, 0), 0)
+    padded = lax.pad(x, jnp.zeros((), x.dtype), widths)
+    moved = lax.slice_in_dim(padded, max(by, 0), max(by, 0) + size, axis=axis)
+    at_border = lax.broadcasted_iota(jnp.int32, x.shape, axis) == (0 if by < 0 else size - 1)
+    return jnp.where(at_border, x, moved)
 
 
 class OverlappingTransposedConv(nnx.Module):

@@ -157,7 +157,7 @@ def make(
         settings: `spacing` (mm) and `window` (HU) of the crops; `synthesizer` (default "rules"),
             `prior` (default "difftumor"), `sizes` (a mix as of `shapes.sample_radius`, default the
             prior's own), and for "rules" `texture` (organ -> changes of its texture).
-        mesh: of the training; rows then stay on the devices of "data" that they lie on, whole.
+        mesh: of the training; rows then stay on the devices that they lie on, whole along x.
 
     Raises:
         UserError: no tumour of the task has its organ among the classes; the model knows none of
@@ -227,11 +227,7 @@ def make(
         # Most batches of a study have healthy scans; those without cost next to nothing.
         values, labels = jax.lax.cond(jnp.any(placed.found), drawn, lambda: (values, labels))
         inside = tuple(slice(n) for n in patch)
-        image, label = values[:, *inside, None], labels[:, *inside]
-        if mesh is not None:
-            volumes = parallel.batch_sharding(mesh)
-            image, label = (jax.lax.with_sharding_constraint(a, volumes) for a in (image, label))
-        return image, label
+        return values[:, *inside, None], labels[:, *inside]
 
     # Without compiler options, which only the step that it becomes part of may have.
     return Transform(jax.jit(add_tumors), weights)

@@ -6,6 +6,7 @@ each leaves what it would leave alone.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _WAIT_SECONDS = 7 * 24 * 3600.0
 
 Batch = Mapping[str, np.ndarray]
 Step = Callable[[Any, dict[str, Array]], tuple[Any, dict[str, Array]]]
+Put = Callable[[Batch], dict[str, Array]]
 StackedStep = Callable[[Any, dict[str, Array], Array], tuple[Any, dict[str, Array]]]
 
 
@@ -79,6 +81,7 @@ def train(
     batches_from: Callable[[int], Iterator[Batch]],
     *,
     mesh: Mesh,
+    put: Put | None = None,
     steps: int,
     save_every: int,
     log_every: int,
@@ -97,6 +100,7 @@ def train(
         step: (state, batch) -> (state, scalars). It is given the state away.
         batches_from: iterator over this process's batches that begins behind n of them.
         mesh: of the devices.
+        put: moves a batch onto them; `parallel.put_batch` if None.
         steps, save_every, log_every, clock: see `Plan`.
         progress: called with each row of the curve.
         monitor: records how it runs, in the process that writes the curve.
@@ -109,6 +113,7 @@ def train(
         Preempted: the job was told to stop; the step that was reached is saved.
         UserError: a checkpoint in the folder is of another network, or the disk is full.
     """
+    put = put or functools.partial(parallel.put_batch, mesh)
     plan = Plan(steps, save_every, log_every, clock)
     run = Run(folder, state, batches_from, progress, monitor)
     alone = parallel.processes_of(mesh) == [jax.process_index()]
@@ -118,7 +123,7 @@ def train(
             with clock("load") as load:
                 batch = next(training.batches)
             with clock("train") as lap, training.trace(number):
-                placed = parallel.put_batch(mesh, batch)
+                placed = put(batch)
                 state, scalars = step(state, placed)
                 # One step in flight at a time: on CPU, dispatch would otherwise run far ahead
                 # and hold the batches of many steps.
@@ -141,6 +146,7 @@ def train_side_by_side(
     idle: tuple[Callable[[int], Any], Batch],
     *,
     mesh: Mesh,
+    put: Put,
     plan: Plan,
 ) -> tuple[dict[int, Any], dict[int, Exception]]:
     """Trains one cell at each position along the mesh's "cell", all in one step.
@@ -157,6 +163,7 @@ def train_side_by_side(
         idle: for positions without a training: position -> a state there, and a batch of this
             process's rows. Only their shapes matter.
         mesh: of the devices, with the same training on all of those that "cell" does not divide.
+        put: moves a stacked batch onto the devices.
         plan: of all trainings.
 
     Returns:
@@ -196,7 +203,7 @@ def train_side_by_side(
                 for position in active[:1]:
                     traces.enter_context(trainings[position].trace(numbers[position]))
                 stacked = {name: np.stack([batch[p][name] for p in own]) for name in idle[1]}
-                placed = parallel.put_batch(mesh, stacked, stacked=True)
+                placed = put(stacked)
                 mask = _mask(mesh, own, active)
                 state, scalars = step(state, placed, mask)
                 jax.block_until_ready(scalars)

@@ -59,6 +59,7 @@ class Segmenter(NamedTuple):
 
     Attributes:
         init: seed -> initial state on the mesh.
+        put: this process's share of a batch -> the batch on the mesh, as `step` takes it.
         step: (state, batch) -> (state, scalars); jitted, takes the state over. Of stacked cells
             (state, batch, active [cells]) -> (state, scalars [cells]): a cell that is not active,
             or whose loss is no number, keeps its state.
@@ -66,6 +67,7 @@ class Segmenter(NamedTuple):
     """
 
     init: Callable[[int], dict[str, Any]]
+    put: loop.Put
     step: Callable[..., tuple[dict[str, Any], dict[str, Array]]]
     apply: Callable[[dict[str, Array], Array], Array]
 
@@ -141,6 +143,9 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
     mirrored = mirror_table(config.task.classes) if 0 in transforms["mirror_axes"] else None
     classes = list(config.task.classes)
     patch = tuple(training.patch_size)
+    # Only attention over the whole patch has no such number.
+    if divisor := getattr(network, "divisor", None):
+        parallel.check_space(mesh, patch, divisor, config.model.name)
 
     def init(seed: int) -> dict[str, Any]:
         model = checkpoints.build_model(
@@ -161,7 +166,9 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
         if transform is not None:
             here = jax.random.fold_in(key, _TRANSFORM)
             image, label = transform.apply(weights, here, image, label, batch["implant"])
-        image, label = augmentation.augment(key, image, label, transforms, mirrored, patch)
+        with jax.named_scope("augment"):
+            image, label = augmentation.augment(key, image, label, transforms, mirrored, patch)
+        image, label = (parallel.split_batch(mesh, array) for array in (image, label))
         label = label.astype(jnp.int32)
 
         def loss_of(values):
@@ -171,7 +178,7 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
                     name: jax.lax.stop_gradient(value) if name in frozen else value
                     for name, value in values.items()
                 }
-            logits = apply_levels(values, image)
+            logits = apply_levels(parallel.gathered(mesh, values), image)
             loss = losses.segmentation_loss(
                 logits,
                 label,
@@ -181,7 +188,11 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
             )
             return loss, logits[0] if isinstance(logits, list) else logits
 
-        (loss, logits), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["parameters"])
+        # Around the backward pass too, where blocks may be computed again.
+        with convolution.split_along_x(mesh):
+            (loss, logits), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                state["parameters"]
+            )
         changes, optimizer = update.update(gradient, state["optimizer"], state["parameters"])
         values = {
             name: value if name in fixed else value + changes[name]
@@ -201,14 +212,19 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
             "key": jax.ShapeDtypeStruct((2,), jnp.uint32),
         }
 
-    batch_sharding = functools.partial(parallel.batch_sharding, mesh, stacked=stacked)
-    batch = dict.fromkeys(("image", "label"), batch_sharding())
+    # A rotated patch takes voxels from all along x, and so does what looks for room for a tumour:
+    # then each device of "space" is given the whole crop, of one channel, and makes its own part.
+    turned = transform is not None or augmentation.source_patch(patch, transforms) != patch
+    volumes = parallel.sample_sharding if turned else parallel.batch_sharding
+    batch = dict.fromkeys(("image", "label"), volumes(mesh, stacked=stacked))
+    put = functools.partial(parallel.put_batch, mesh, stacked=stacked, whole=turned)
     whole = parallel.replicated(mesh)
     if transform is not None:
         batch["implant"] = parallel.sample_sharding(mesh, stacked=stacked)
     if stacked:
         return Segmenter(
             init,
+            put,
             stacked_step(step, mesh, abstract(), batch, transform and transform.weights),
             apply,
         )
@@ -221,10 +237,10 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
         compiler_options=convolution.compiler_options(),
     )
     if transform is None:
-        return Segmenter(init, compiled(in_shardings=(shardings, batch)), apply)
+        return Segmenter(init, put, compiled(in_shardings=(shardings, batch)), apply)
     with_weights = compiled(in_shardings=(shardings, batch, whole))
     return Segmenter(
-        init, lambda state, batch: with_weights(state, batch, transform.weights), apply
+        init, put, lambda state, batch: with_weights(state, batch, transform.weights), apply
     )
 
 
@@ -281,6 +297,7 @@ def train_segmenter(
         segmenter.step,
         run.batches_from,
         mesh=mesh,
+        put=segmenter.put,
         steps=plan.steps,
         save_every=plan.save_every,
         log_every=plan.log_every,
@@ -329,11 +346,13 @@ def train_side_by_side(
     }
     if online:
         batch["implant"] = np.zeros(rows, bool)
+    stacked = make_segmenter(config, mesh, transform, stacked=True)
     states, failed = loop.train_side_by_side(
         runs,
-        make_segmenter(config, mesh, transform, stacked=True).step,
+        stacked.step,
         (lambda position: single[position].init(0), batch),
         mesh=mesh,
+        put=stacked.put,
         plan=_plan(config, clock),
     )
     trained = {
