@@ -5,8 +5,8 @@ import re
 from typing import NamedTuple
 
 _INSTRUCTION = re.compile(
-    r"= (?P<result>\(.*?\)|\S+) (?P<kind>all-gather|all-to-all|ragged-all-to-all|all-reduce"
-    r"|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\(.*"
+    r"= (?P<result>.*?) (?P<kind>all-gather|all-to-all|ragged-all-to-all|all-reduce"
+    r"|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
 )
 _ARRAY = re.compile(r"[a-z]+[0-9]*\w*\[([0-9,]*)\]")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
