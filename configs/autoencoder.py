@@ -12,7 +12,7 @@ any, only say where crops lie (training.centered). WORKDIR has the network, qual
 from ml_collections import ConfigDict
 
 from configs import scaling
-from tumorjax import processes
+from tumorjax import parallel, processes
 from tumorjax.training import monitor
 
 VARIANTS = ("virtual", "paper")
@@ -87,7 +87,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.batches = 32  # of crops that quality and the latents' scale are measured on
 
-    config.mesh = ConfigDict({"cell": 1, "data": -1, "fsdp": 1, "space": 1})
+    config.mesh = ConfigDict(parallel.SIZES | {"data": -1})
     config.processes = ConfigDict(processes.DEFAULTS)  # that train together
     config.monitor = ConfigDict(monitor.DEFAULTS)  # where curves and profiles go
 

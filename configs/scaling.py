@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from data_prep import virtual_abdomen
-from tumorjax import processes
+from tumorjax import parallel, processes
 from tumorjax.data import augmentation
 from tumorjax.evaluation import settings as evaluation
 from tumorjax.training import monitor
@@ -134,7 +134,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.report = ConfigDict()
     config.report.samples = 2  # test scans of each split that are shown
 
-    config.mesh = ConfigDict({"cell": -1, "data": 1, "fsdp": 1, "space": 1})
+    config.mesh = ConfigDict(parallel.SIZES | {"cell": -1})
     # Processes that train together, see tumorjax/cluster.py: coordinator "" for one process alone.
     config.processes = ConfigDict(processes.DEFAULTS)
     config.monitor = ConfigDict(monitor.DEFAULTS)  # where curves and profiles go

@@ -11,6 +11,7 @@ for configs/prediction.py and configs/evaluation.py.
 from ml_collections import ConfigDict
 
 from configs import scaling
+from tumorjax import parallel
 from tumorjax.data import augmentation
 from tumorjax.training.segmenter import SECTIONS
 
@@ -31,7 +32,7 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.data.cases = ()  # empty: all
 
     # One training, its batch over all devices; training.batch_size has to divide by them.
-    config.mesh = ConfigDict({"cell": 1, "data": -1, "fsdp": 1, "space": 1})
+    config.mesh = ConfigDict(parallel.SIZES | {"data": -1})
 
     if variant == "resenc_m":
         _resenc_m(config)

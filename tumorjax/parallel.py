@@ -30,6 +30,8 @@ SLICE_AXES = ("cell", "data")
 # Samples are spread over both: with "fsdp" each device gathers the weights as it needs them, and
 # would otherwise compute what its neighbour computes.
 ROWS = ("data", "fsdp")
+# A config's mesh: devices along each axis, and slices along each, all 1 for the usual layout.
+SIZES = dict.fromkeys(AXES, 1) | {f"dcn_{axis}": 1 for axis in AXES}
 # One entry a cell, in front.
 CELLS = PartitionSpec("cell")
 
@@ -87,15 +89,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             which would.
     """
     devices = list(devices if devices is not None else jax.devices())
-    across = {name: f"dcn_{name}" for name in AXES}
-    if unknown := sorted(set(sizes) - set(AXES) - set(across.values())):
+    if unknown := sorted(set(sizes) - set(SIZES)):
         raise UserError(
             f"mesh has the unknown axis {unknown[0]!r}. Expected {', '.join(AXES)}, or one of them"
             " with dcn_ in front"
         )
     shape = _shape({axis: int(sizes.get(axis, 1)) for axis in AXES}, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    wanted = [int(sizes.get(across[axis], 1)) for axis in AXES]
+    wanted = [int(sizes.get(f"dcn_{axis}", 1)) for axis in AXES]
     outer = wanted if math.prod(wanted) > 1 else _slices_along(shape, slices)
     if any(n < 1 or size % n for size, n in zip(shape, outer, strict=True)) or (
         math.prod(outer) != slices

@@ -165,7 +165,9 @@ def augment(
     """Augments a batch. Call it inside jit; all but the arrays is fixed when compiling.
 
     Sample i's random numbers depend on the key and on i in the whole batch, so a batch that is
-    split over devices comes out as on one.
+    split over devices comes out as on one. Where devices are to share x, give each the whole source
+    patches if rotation or scaling is on, which take voxels from everywhere; blur and low resolution
+    gather the patch along x in the batches in which they apply. It has one channel.
 
     Args:
         key: of this step.
