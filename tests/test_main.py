@@ -18,7 +18,7 @@ SCALING = str(ROOT / "configs" / "scaling.py")
 # A job that says what it was given, and ends as config.ending wants. Real jobs start JAX, which
 # takes seconds; all that is tested here happens before that.
 JOB = """
-from tumorjax.errors import CaseError, UserError
+from tumorjax.errors import CaseError, Lost, Preempted, UserError
 
 def run(config, workdir):
     print(config.number, workdir)
@@ -26,6 +26,10 @@ def run(config, workdir):
         raise UserError("the disk is full. Free some")
     if config.ending == "case error":
         raise CaseError("case_7", "4D, expected 3D", "Give one phase")
+    if config.ending == "preempted":
+        raise Preempted("cell 3 is saved")
+    if config.ending == "lost":
+        raise Lost("process 2 did not come")
     if config.ending == "crash":
         raise KeyError("lesion_volume")
     return {"done": None, "zero": 0, "set aside": 1}[config.ending]
@@ -72,6 +76,17 @@ def test_exit_codes_of_jobs(command):
     }.items():
         result = command("--config=fake.py", f"--config.ending={ending}")
         assert (result.returncode, result.stderr) == (2, line)
+
+
+def test_what_goes_on_by_the_same_command_has_codes_of_its_own(command):
+    for ending, code, line in (
+        ("preempted", 75, "tumorjax: cell 3 is saved. "),
+        ("lost", 69, "tumorjax: process 2 did not come. "),
+    ):
+        result = command("--config=fake.py", f"--config.ending={ending}")
+        again = "Run the same command again: it goes on from there\n"
+        assert (result.returncode, result.stderr) == (code, line + again)
+        assert f"{code} " in command("--help").stdout
 
 
 def test_a_crash_is_told_from_cases_set_aside(command):

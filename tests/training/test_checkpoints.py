@@ -1,6 +1,11 @@
 """Checkpoints: what is saved comes back, and what does not belong together is told."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +16,8 @@ from ml_collections import ConfigDict
 from tumorjax import models, parallel
 from tumorjax.errors import UserError
 from tumorjax.training import checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _config(**model):
@@ -144,3 +151,95 @@ def test_what_a_killed_save_left_aside_is_gone_before_the_next_one(tmp_path):
         assert manager.latest_step() == 1
         checkpoints.save(manager, 2, _state(2), 20)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def _largest(path):
+    return max(path.rglob("d/*"), key=lambda file: file.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda path: os.truncate(_largest(path), 100), "not readable"),
+        (lambda path: _largest(path).unlink(), "its file is missing"),
+        (lambda path: shutil.rmtree(path / "state" / "ocdbt.process_0"), "its file is missing"),
+        (lambda path: shutil.rmtree(path / "state"), "state/_METADATA is missing"),
+        (lambda path: (path / "state" / "manifest.ocdbt").write_bytes(b"x"), "not readable"),
+        (lambda path: (path / "loader" / "metadata").write_text("{"), "not readable"),
+        (lambda path: (shutil.rmtree(path), path.mkdir()), "loader/metadata is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_its_step_saved_anew(tmp_path, caplog, harm, words):
+    _write(tmp_path, 1, 2)
+    folder = tmp_path / "checkpoints"
+    assert checkpoints.damage(folder / "2") is None
+    harm(folder / "2")
+    with checkpoints.open_manager(tmp_path, write=True) as manager:
+        state, position = checkpoints.restore_newest(manager, _state(0))
+        assert (int(state["step"]), position) == (1, 10)
+        _assert_equal(state["parameters"], _state(1)["parameters"])
+        assert words in caplog.text
+        assert f"{folder / '2'} is damaged and passed over" in caplog.text
+        checkpoints.save(manager, 2, _state(2), 20)
+    assert checkpoints.steps(tmp_path) == [1, 2]
+    _assert_equal(checkpoints.load_model(tmp_path)[0].args[0], _state(2)["parameters"])
+    assert (folder / "damaged-2").is_dir()
+
+
+def test_a_network_whose_checkpoint_is_damaged_is_not_taken_from_an_older_one(tmp_path):
+    _write(tmp_path, 1, 2)
+    _largest(tmp_path / "checkpoints" / "2").unlink()
+    with pytest.raises(UserError, match=r"2: damaged, .* or use another step \(1\)"):
+        checkpoints.load_model(tmp_path)
+    _assert_equal(checkpoints.load_model(tmp_path, 1)[0].args[0], _state(1)["parameters"])
+
+
+# In a user namespace of its own, where it may mount a disk of a megabyte.
+FULL_DISK = """
+mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" - "$1" <<'END'
+import sys
+from pathlib import Path
+import numpy as np
+import jax.numpy as jnp
+from tumorjax.errors import UserError
+from tumorjax.training import checkpoints
+
+folder = Path(sys.argv[1])
+kernel = np.random.default_rng(0).random(110_000, np.float32)
+
+def state(step):
+    return {"parameters": {"kernel": jnp.asarray(step * kernel)}, "step": jnp.asarray(step)}
+
+try:
+    with checkpoints.open_manager(folder, write=True) as manager:
+        for step in (1, 2, 3):
+            checkpoints.save(manager, step, state(step), step)
+            checkpoints.finish(manager)
+except UserError as error:
+    print(error)
+with checkpoints.open_manager(folder, write=True) as manager:
+    restored, position = checkpoints.restore_newest(manager, state(0))
+assert position == 2
+assert (restored["parameters"]["kernel"] == state(2)["parameters"]["kernel"]).all()
+print("restored", position)
+END
+"""
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(tmp_path):
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets no user mount a disk")
+    result = subprocess.run(
+        [*namespace, "sh", "-c", FULL_DISK, "sh", tmp_path, sys.executable],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    told, restored = result.stdout.strip().splitlines()[-2:]
+    assert told == (
+        f"{tmp_path / 'checkpoints'}: the disk is full, and a checkpoint could not be written. That"
+        " of step 2 is whole. Free some space and run the same command again"
+    )
+    assert restored == "restored 2"

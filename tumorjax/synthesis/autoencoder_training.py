@@ -178,8 +178,7 @@ def train(
             training,
             config.seed,
             start=position,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=parallel.batch_rows(mesh, training.batch_size),
         )
         with batches:
             for batch in batches:

@@ -417,6 +417,7 @@ def train(
     trainer = make_trainer(config, organs, autoencoder.latent_channels, mesh)
     lesions = lesion_crops.find_lesions(sources)
     encode = jax.device_put(autoencoder.encode, parallel.replicated(mesh))
+    owners = parallel.processes_of(mesh)
 
     def batches_from(position: int):
         return lesion_crops.loader(
@@ -427,8 +428,8 @@ def train(
             training.jitter,
             config.seed,
             start=position,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=owners.index(jax.process_index()),
+            process_count=len(owners),
             threads=training.loader_threads,
         )
 

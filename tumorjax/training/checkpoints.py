@@ -70,8 +70,6 @@ def open_manager(
     if processes is None and not write:
         processes = [jax.process_index()]
     directory = (folder / "checkpoints").absolute()
-    if processes is None and not write and jax.process_count() > 1:
-        processes = (jax.process_index(),)
     owners = tuple(sorted(processes)) if processes is not None else None
     first = owners[0] if owners else 0
     if write and jax.process_index() == first:
