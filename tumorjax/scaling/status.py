@@ -207,7 +207,8 @@ def _alive(record: Mapping[str, Any], tests: Sequence[Path], now: float) -> bool
     if not record or record["state"] not in ("running", "trained"):
         return False
     if record["state"] == "trained":
-        heard = max([record["written"], *(path.stat().st_mtime for path in tests)])
+        local = [path for path in tests if isinstance(path, Path)]
+        heard = max([record["written"], *(path.stat().st_mtime for path in local)])
         return now - heard < _SILENT_CASE_SECONDS
     if not record["compiled"]:
         return now - record["written"] < _SILENT_START_SECONDS
@@ -248,6 +249,8 @@ def _seconds_left(
 
 def _held(path: Path) -> bool:
     """Whether a process holds a lock file. Lets go at once of what it finds free."""
+    if not isinstance(path, Path):
+        return False  # In a bucket only its record tells that a training lives.
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
