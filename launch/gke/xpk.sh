@@ -32,6 +32,9 @@ esac
 job="--config=configs/scaling.py:paper --workdir=/runs/paper"
 job+=" --config.data.store=gs://${BUCKET:?a bucket}/store --config.processes.coordinator=auto"
 job+=" --config.processes.start_seconds=1200 --config.processes.grace_seconds=25"
+# 160 cells, side by side as far as there are chips; of TPU v5e a pair trains one.
+job+=" '--config.grid.seeds=(0,1,2,3,4,5,6,7,8,9)'"
+[[ "$kind" == gpu ]] || job+=" --config.mesh.data=2"
 xpk workload create \
     --project="${PROJECT:?a project}" --zone="${ZONE:?a zone}" --cluster="${CLUSTER:?a cluster}" \
     --workload="${WORKLOAD:-tumorjax-study}" --docker-image="${IMAGE:?an image}" \

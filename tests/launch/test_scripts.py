@@ -14,6 +14,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from tumorjax.scaling import grid
+
 ROOT = Path(__file__).parents[2]
 SLURM = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
 SCRIPTS = sorted(
@@ -196,6 +198,11 @@ def test_containers_start_jobs_that_there_are(name, arguments, monkeypatch):
     assert config.processes.coordinator == "auto"
     assert config.data.store == "gs://bucket/store"
     assert workdir == "/runs/paper"
+    # Its chips or GPUs are filled by the grid's cells, as a study asks.
+    devices = 256 if name == "study_tpu.yaml" else 64
+    taken = config.mesh.data * config.mesh.fsdp * config.mesh.space
+    assert config.mesh.cell == -1
+    assert devices // taken <= len(grid.cells(config.grid))
 
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
