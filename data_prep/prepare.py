@@ -23,7 +23,7 @@ from data_prep.labels import read_labels, split_sides
 from data_prep.sources import ScanCase
 from tumorjax import anatomy
 from tumorjax.errors import CaseError, UserError
-from tumorjax.files import write_csv_atomic
+from tumorjax.files import local_folder, location, write_csv_atomic
 from tumorjax.geometry import (
     axis_codes,
     label_boxes,
@@ -71,9 +71,11 @@ def run(config: ConfigDict, workdir: Path) -> int:
     Raises:
         UserError: the configuration cannot be run, or the store was made with other settings.
     """
-    workdir = Path(workdir)
+    workdir = location(workdir)
     url = config.output or str(workdir / "store")
-    folder = config.input or (str(workdir / "scans") if config.source == "virtual" else "")
+    folder = config.input or (
+        str(local_folder(workdir) / "scans") if config.source == "virtual" else ""
+    )
     if not folder:
         raise UserError("input is empty. Give the folder of the data set")
     virtual = config.source == "virtual"
@@ -140,7 +142,7 @@ def prepare(
     Raises:
         UserError: the source or a setting is wrong, or the store was made with other settings.
     """
-    folder, workdir = Path(input), Path(workdir)
+    folder, workdir = Path(input), location(workdir)
     settings, source_settings = check_settings(settings)
     # Before any work; but nothing is made until there is something to prepare.
     check_store(store_url, settings)

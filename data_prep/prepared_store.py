@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from data_prep.prepare import prepare
 from tumorjax import processes
 from tumorjax.errors import UserError
+from tumorjax.files import local_folder
 from tumorjax.locks import locked
 from tumorjax.training.segmenter import check_grid_of
 from tumorjax.volumes import Store, open_store
@@ -53,7 +54,7 @@ def prepared_store(config: ConfigDict, workdir: Path) -> tuple[Store, list[dict[
         with locked(workdir / ".prepare.lock"):
             found = prepare(
                 config.data.source,
-                config.data.root or str(workdir / "scans"),
+                config.data.root or str(local_folder(workdir) / "scans"),
                 url,
                 settings,
                 workdir,

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tumorjax.anatomy import LABELS, TUMORS
 from tumorjax.errors import UserError
-from tumorjax.files import write_bytes_atomic, write_csv_atomic
+from tumorjax.files import location, write_bytes_atomic, write_csv_atomic
 from tumorjax.metrics.detection import SIZE_GROUPS, size_group
 from tumorjax.volumes import Store, open_store
 
@@ -64,7 +64,7 @@ def count(store: Store) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def write(store: Store, folder: str | Path) -> None:
     """Writes statistics.csv (counts), tumors.csv (one row a tumour) and statistics.png."""
-    folder = Path(folder)
+    folder = location(folder)
     counts, tumors = count(store)
     columns = ("site", "structure", "scans", "patients", "tumors", "radius_median_mm", *SIZE_GROUPS)
     write_csv_atomic(folder / "statistics.csv", counts, columns)

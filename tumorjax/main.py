@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from tumorjax import compilation_cache, processes
 from tumorjax.errors import CaseError, Lost, Preempted, UserError
+from tumorjax.files import check_writable, location
 from tumorjax.heartbeat import LOST, PREEMPTED
 from tumorjax.settings import plain
 from tumorjax.training import preemption
@@ -58,7 +59,9 @@ _CODES: dict[type[Exception], int] = {
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT if any.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; default runs/JOB.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for results, or gs://, s3://; default runs/JOB."
+)
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -82,7 +85,8 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"config.job is {config.get('job')!r}. Expected one of {', '.join(sorted(JOBS))}"
         )
-    workdir = Path(_WORKDIR.value or Path("runs") / config.job)
+    workdir = location(_WORKDIR.value or Path("runs") / config.job)
+    check_writable(workdir)
     cache = _CACHE.value
     compilation_cache.keep(compilation_cache.default_folder() if cache is None else cache)
     job = importlib.import_module(JOBS[config.job])

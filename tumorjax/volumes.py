@@ -37,6 +37,8 @@ from tumorjax.key_values import (
     READING,
     WRITING,
     canonical_json,
+    clear_errors,
+    explain,
     is_full,
     list_keys,
     open_values,
@@ -88,7 +90,8 @@ class Store:
     def __init__(self, url: str | os.PathLike):
         self.url = str(url)
         self._values = open_values(self.url)
-        found = self._values.read("store.json").result()
+        with clear_errors(self.url):
+            found = self._values.read("store.json").result()
         if found.state != "value":
             raise UserError(
                 f"{self.url}: no store (store.json is missing). Give the folder or URL that"
@@ -110,7 +113,9 @@ class Store:
         """The ids of the cases that are there as a whole, sorted; looked up anew each time."""
         start, end = "cases/", "/case.json"
         cases = []
-        for key in list_keys(self._values, start):
+        with clear_errors(self.url):
+            keys = list_keys(self._values, start)
+        for key in keys:
             case = key[len(start) : -len(end)]
             if key.endswith(end) and "/" not in case:
                 cases.append(case)
@@ -158,7 +163,7 @@ class Store:
                 shape = [max(0, r.stop - r.start) for r in ranges]
                 return np.zeros(shape, np.float32 if kind == "image" else np.uint8)
             handle = handle[tuple(ranges)]
-        values = _read_array(handle, case)
+        values = _read_array(handle, case, self.url)
         if kind == "label":
             return values
         return np.multiply(values, np.float32(1 / LEVELS), dtype=np.float32)
@@ -168,7 +173,7 @@ class Store:
 
         They were drawn at random when the case was written, and are always the same.
         """
-        table = _read_array(self._array(case, "locations"), case)
+        table = _read_array(self._array(case, "locations"), case, self.url)
         return {int(label): table[table[:, 0] == label, 1:] for label in np.unique(table[:, 0])}
 
     def verify(self, cases: Iterable[str] | None = None) -> list[tuple[str, str]]:
@@ -200,7 +205,7 @@ class Store:
             try:
                 handle = ts.open(spec, open=True, read=True, context=READING).result()
             except ValueError as error:
-                raise _damaged(case, error) from error
+                raise explain(self.url, error) or _damaged(case, error) from error
             with self._lock:
                 handle = self._arrays.setdefault(key, handle)
         return handle
@@ -227,7 +232,8 @@ def check_store(url: str | os.PathLike, settings: Mapping[str, Any]) -> bool:
     Raises:
         UserError: the store there was made with other settings (they are named).
     """
-    found = open_values(str(url)).read("store.json").result()
+    with clear_errors(url):
+        found = open_values(str(url)).read("store.json").result()
     if found.state != "value":
         return False
     differ = _differences(
@@ -257,7 +263,7 @@ def create_store(url: str | os.PathLike, settings: Mapping[str, Any]) -> Store:
             open_values(str(url)).write("store.json", text).result()
         except Exception as error:
             if not is_full(error):
-                raise
+                raise explain(url, error) or error from error
             raise UserError(
                 f"{url}: no space left to make a store. Free some, or give another folder"
             ) from error
@@ -318,6 +324,9 @@ def write_case(
                 f"no space left in {url}, nothing of the case was kept",
                 "Free some space and run again; what is finished stays",
             ) from error
+        explained = explain(url, error)
+        if explained is not None:
+            raise explained from error
         raise
     # What an earlier or interrupted writing left.
     for key in list_keys(root, f"cases/{case}/"):
@@ -391,14 +400,16 @@ def _write_array(root: ts.KvStore, prefix: str, values: np.ndarray) -> None:
             ],
         },
     }
-    ts.open(spec, create=True, context=WRITING).result().write(values).result()
+    # Also opened: where the answer to making it was lost, the next try finds what the first made.
+    array = ts.open(spec, create=True, open=True, context=WRITING).result()
+    array.write(values).result()
 
 
-def _read_array(handle: ts.TensorStore, case: str) -> np.ndarray:
+def _read_array(handle: ts.TensorStore, case: str, url: str) -> np.ndarray:
     try:
         return handle.read().result()
     except (ValueError, OSError) as error:
-        raise _damaged(case, error) from error
+        raise explain(url, error) or _damaged(case, error) from error
 
 
 def _damaged(case: str, error: Exception) -> CaseError:
@@ -429,7 +440,8 @@ def _checksums(root: ts.KvStore, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_record(root: ts.KvStore, url: str, case: str) -> dict[str, Any]:
-    found = root.read(f"cases/{case}/case.json").result()
+    with clear_errors(url):
+        found = root.read(f"cases/{case}/case.json").result()
     if found.state != "value":
         raise CaseError(case, f"not in the store {url}", "Prepare it first")
     try:

@@ -19,7 +19,7 @@ from tumorjax.evaluation.summary import (
     patient_sums,
     ratio,
 )
-from tumorjax.files import read_csv
+from tumorjax.files import location, read_csv
 from tumorjax.settings import first_difference, plain
 
 COLUMNS = (
@@ -60,7 +60,7 @@ def read_model(name: str, folder: str | Path) -> Model:
     Raises:
         UserError: it is neither.
     """
-    folder = Path(folder)
+    folder = location(folder)
     rejected = folder / "rejected.csv"
     try:
         rows: list[dict[str, Any]] = list(read_csv(folder / "cases.csv"))

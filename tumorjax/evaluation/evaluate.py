@@ -28,7 +28,7 @@ from tumorjax.evaluation.summary import (
     paired_difference,
     summarize,
 )
-from tumorjax.files import write_csv_atomic
+from tumorjax.files import location, write_csv_atomic
 from tumorjax.metrics.detection import THRESHOLDS
 from tumorjax.settings import plain
 
@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     Raises:
         UserError: the configuration asks for neither or both, or what it names is not there.
     """
-    workdir = Path(workdir)
+    workdir = location(workdir)
     masks, network = bool(config.truth or config.prediction), bool(config.checkpoint)
     if masks == network:
         raise UserError(
@@ -135,7 +135,7 @@ def _info(
 ) -> dict[str, Any]:
     """Returns evaluation.json: what was measured, how, and on which grid."""
     return {
-        "name": config.name or Path(source).name or source,
+        "name": config.name or location(source).name or source,
         "grid": grid,
         "parameters": parameters,
         "measured": {"checkpoint": source, "store": config.data.store}
@@ -160,11 +160,11 @@ def _others(
             raise UserError(
                 f"config.compare has {name!r}, which is this model's own name. Set config.name"
             )
-        if (Path(folder) / "cases.csv").is_file():
+        if (location(folder) / "cases.csv").is_file():
             comparison.read_model(name, folder)
             others.append((name, folder, None))
             continue
-        if not Path(folder).is_dir():
+        if not location(folder).is_dir():
             raise UserError(
                 f"config.compare.{name}: {folder} is not there. Expected the workdir of a finished"
                 " evaluation, a study's cell, or a folder of masks"

@@ -13,7 +13,7 @@ from typing import Any
 
 from tumorjax import anatomy
 from tumorjax.evaluation.tables import TABLE5_COLUMNS, latex_text, write_table
-from tumorjax.files import csv_text, write_text_atomic
+from tumorjax.files import csv_text, location, write_text_atomic
 
 # As the paper heads them.
 METRICS = {"tumor_sensitivity": "Sen.", "dsc": "DSC", "nsd": "NSD"}
@@ -55,7 +55,7 @@ def write_tables(
         grid: on which the numbers are.
         confidence: of the intervals.
     """
-    folder = Path(folder)
+    folder = location(folder)
     share = f"{100 * confidence:g} \\%"
     note = (
         f"DSC and NSD in \\%, Sen.: share of tumors found. Measured on {latex_text(grid)}. In small"

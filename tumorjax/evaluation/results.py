@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,7 +13,13 @@ from tumorjax.evaluation.measure import Task
 from tumorjax.evaluation.nnunet_summary import Summary
 from tumorjax.evaluation.records import Outcome, read_result
 from tumorjax.evaluation.summary import CASE_COLUMNS, SUMMARY_COLUMNS, summarize
-from tumorjax.files import read_csv, write_csv_atomic, write_json_atomic, write_text_atomic
+from tumorjax.files import (
+    location,
+    read_csv,
+    write_csv_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def write_results(
@@ -153,7 +158,7 @@ def _write_froc(
     write_json_atomic(task.workdir / "thresholds.json", record)
     curves = [(info["name"], lines)]
     for name, folder in config.compare.items():
-        path = Path(str(folder)) / "froc.csv"
+        path = location(str(folder)) / "froc.csv"
         if path.is_file():
             curves.append((name, [_numbers(line) for line in read_csv(path)]))
     with figures.style():

@@ -15,7 +15,7 @@ from jaxtyping import Bool, UInt8
 from scipy import ndimage
 
 from tumorjax.evaluation.cases import has_any
-from tumorjax.files import write_bytes_atomic
+from tumorjax.files import read_arrays, write_bytes_atomic
 from tumorjax.metrics.boxes import bounding_box
 from tumorjax.metrics.components import label_components, remove_small
 
@@ -133,17 +133,17 @@ def keep(
 
 def read(workdir: Path, case: str, line: Mapping[str, Any]) -> Snapshot:
     """Returns the snapshot that a line of the record (see `keep`) speaks of."""
-    with np.load(_path(workdir, case)) as file:
-        kind = line["kind"]
-        x0, x1, y0, y1, z = (int(number) for number in file[f"{kind}_box"])
-        return Snapshot(
-            kind,
-            line["class"],
-            line["volume_mm3"],
-            (slice(x0, x1), slice(y0, y1), z),
-            file[f"{kind}_truth"],
-            file[f"{kind}_prediction"],
-        )
+    file = read_arrays(_path(workdir, case))
+    kind = line["kind"]
+    x0, x1, y0, y1, z = (int(number) for number in file[f"{kind}_box"])
+    return Snapshot(
+        kind,
+        line["class"],
+        line["volume_mm3"],
+        (slice(x0, x1), slice(y0, y1), z),
+        file[f"{kind}_truth"],
+        file[f"{kind}_prediction"],
+    )
 
 
 def _largest_alone(

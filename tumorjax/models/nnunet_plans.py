@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tumorjax.errors import UserError
+from tumorjax.files import location
 from tumorjax.models import torch_weights
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -88,7 +89,7 @@ class Plans(NamedTuple):
 
 def is_model_folder(folder: str | Path) -> bool:
     """Whether a folder is one of nnU-Net's trained models, or what is left of one."""
-    folder = Path(folder)
+    folder = location(folder)
     if (folder / "config.json").is_file():
         return False
     signs = ("plans.json", "dataset.json", f"fold_*/{CHECKPOINT}")

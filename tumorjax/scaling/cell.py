@@ -17,7 +17,7 @@ from tumorjax.anatomy import class_table, mirror_table, tumor_classes
 from tumorjax.clock import Clock
 from tumorjax.evaluation.evaluate import CASE_COLUMNS, evaluate_case
 from tumorjax.evaluation.summary import SUMMARY_COLUMNS, summarize
-from tumorjax.files import write_bytes_atomic, write_csv_atomic, write_json_atomic
+from tumorjax.files import read_arrays, write_bytes_atomic, write_csv_atomic, write_json_atomic
 from tumorjax.inference.sliding_window import predict
 from tumorjax.scaling.grid import Cell
 from tumorjax.settings import plain
@@ -230,7 +230,7 @@ def _save_sample(
 
 def _gather_samples(config: ConfigDict, tests: Sequence[tuple[str, str]], folder: Path) -> bytes:
     chosen = [(split, case) for split, case in tests if case in sample_cases(config, tests)]
-    slices = [dict(np.load(folder / "cases" / f"{case}.npz")) for _, case in chosen]
+    slices = [read_arrays(folder / "cases" / f"{case}.npz") for _, case in chosen]
     arrays: dict[str, Any] = {}
     if slices:
         # Scans differ in shape; pictures are padded to one, with air and background.

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from tumorjax.errors import UserError
-from tumorjax.files import write_json_atomic
+from tumorjax.files import location, write_json_atomic
 from tumorjax.scaling import resampling
 from tumorjax.scaling.resampling import Noise, Sampled
 from tumorjax.scaling.results import (
@@ -356,7 +356,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
     if not config.get("results"):
         raise UserError("no results table. Set --config.results to a CSV file")
-    path, workdir = Path(config.results), Path(workdir)
+    path, workdir = location(config.results), location(workdir)
     table, cases = read_table(path), read_cases(path.parent)
     digest = hashlib.sha256(path.read_bytes())
     if cases:

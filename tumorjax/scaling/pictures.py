@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tumorjax.anatomy import TUMORS
+from tumorjax.files import read_arrays
 
 # Told apart by all kinds of colour vision, and on grey.
 TRUTH, PREDICTION, ORGAN = "#56b4e9", "#f0a30a", "#9fd8b8"
@@ -40,8 +41,7 @@ def read_samples(path: Path, tumors: Sequence[str] = tuple(TUMORS)) -> dict[str,
     """
     if not path.is_file():
         return {}
-    with np.load(path) as file:
-        arrays = dict(file)
+    arrays = read_arrays(path)
     if "image" not in arrays:
         return {}
     names = [str(name) for name in arrays["class_names"]]

@@ -12,10 +12,7 @@ import importlib.metadata
 import io
 import json
 import logging
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +75,7 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
     Raises:
         UserError: there is no laws.json.
     """
-    workdir = Path(workdir)
+    workdir = files.location(workdir)
     if not (workdir / "laws.json").is_file():
         raise UserError(f"{workdir / 'laws.json'} is missing. Fit the laws before the report")
     found = json.loads((workdir / "laws.json").read_text())
@@ -99,10 +96,7 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
         "config": _config(study, config),
         "versions": _versions(),
     }
-    for left in workdir.glob(".report-*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed while it wrote
-    folder = Path(tempfile.mkdtemp(dir=workdir, prefix=".report-"))
-    try:
+    with files.replacing_folder(workdir / "report") as folder:
         with matplotlib.rc_context(figures.STYLE):
             drawn = _save_figures(_draw(found, metric, study, cases, config), folder / "figures")
         drawn |= _realism_figures(study, folder / "figures")
@@ -111,16 +105,11 @@ def write(workdir: str | Path, config: Mapping[str, Any]) -> Path:
             found=found, metric=METRICS[metric], figures=drawn, tables=tables, **texts
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
-        os.chmod(folder, 0o755)
-        _swap(folder, workdir / "report")
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return workdir / "report" / "index.html"
 
 
 def _study_folder(workdir: Path, config: Mapping[str, Any]) -> Path:
-    beside = Path(config.get("results") or workdir).parent
+    beside = files.location(config.get("results") or workdir).parent
     if not (workdir / "cells").is_dir() and config.get("results") and (beside / "cells").is_dir():
         return beside
     return workdir
@@ -129,17 +118,6 @@ def _study_folder(workdir: Path, config: Mapping[str, Any]) -> Path:
 def _headline_metric(found: Mapping[str, Any]) -> str:
     measured = found["settings"]["metrics"]
     return next((m for m in METRICS if m in measured and m not in LESS_IS_BETTER), measured[0])
-
-
-def _swap(new: Path, place: Path) -> None:
-    """Puts a finished folder into place; a folder cannot be renamed onto a full one."""
-    old = None
-    if place.exists():
-        old = Path(tempfile.mkdtemp(dir=place.parent, prefix=".report-old-"))
-        os.replace(place, old / "report")
-    os.replace(new, place)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 # Figures
@@ -258,7 +236,7 @@ def _training(study: Path) -> list[tuple[str, int, dict[str, np.ndarray]]]:
     curves = []
     for arm, n, _, folder in _cells(study):
         if (folder / "metrics.csv").is_file():
-            table = pd.read_csv(folder / "metrics.csv")
+            table = pd.read_csv(io.StringIO((folder / "metrics.csv").read_text()))
             dice = table[[name for name in table.columns if str(name).startswith("dice_")]]
             # Over the classes that the crops of a row had: the others are empty.
             mean = 100 * dice.mean(axis=1) if dice.shape[1] else pd.Series(np.nan, table.index)
@@ -290,7 +268,8 @@ def _realism_figures(study: Path, folder: Path) -> dict[str, str]:
         source = study / "realism" / "figures" / f"{name}.png"
         if source.is_file():
             for ending in (".png", ".pdf"):
-                shutil.copyfile(source.with_suffix(ending), folder / f"realism_{name}{ending}")
+                picture = source.with_suffix(ending).read_bytes()
+                (folder / f"realism_{name}{ending}").write_bytes(picture)
             encoded[f"realism_{name}"] = base64.b64encode(source.read_bytes()).decode()
     return encoded
 
@@ -315,7 +294,7 @@ def _tables(found: Mapping[str, Any], metric: str, study: Path) -> dict[str, pd.
         "organs": report_tables.organ_table(found, report_tables.TABLE_5),
     }
     if (study / "results.csv").is_file():
-        results = pd.read_csv(study / "results.csv")
+        results = pd.read_csv(io.StringIO((study / "results.csv").read_text()))
         columns = ["split", "class", "n_patients", "n_tumors"]
         if set(columns) <= set(results.columns):
             tests = results[columns].drop_duplicates().reset_index(drop=True)

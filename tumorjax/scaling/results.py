@@ -55,7 +55,7 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     Raises:
         UserError: the file is missing, no CSV or empty.
     """
-    path = Path(path)
+    path = files.location(path)
     if not path.is_file():
         raise UserError(
             f"{path}: no such results table. Set --config.results to a CSV file with the columns"
@@ -178,7 +178,7 @@ def read_cases(study: str | Path) -> Cases:
     Returns:
         cell -> rows; empty where the folder is no study's.
     """
-    paths = sorted(Path(study).glob("cells/*/cases.csv"))
+    paths = sorted(files.location(study).glob("cells/*/cases.csv"))
     return {path.parent.name: files.read_csv(path) for path in paths}
 
 

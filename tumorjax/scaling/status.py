@@ -3,7 +3,6 @@
 It only reads: nothing in the workdir is made, changed or waited for.
 """
 
-import fcntl
 import json
 import statistics
 import time
@@ -14,8 +13,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tumorjax.buckets import BucketPath
 from tumorjax.errors import UserError
 from tumorjax.files import read_csv
+from tumorjax.locks import is_held
 from tumorjax.scaling import grid
 
 STATES = ("done", "running", "stopped", "failed", "waiting")
@@ -148,7 +149,7 @@ def text(state: Mapping[str, Any]) -> str:
 
 def _cell(workdir: Path, name: str, steps: int, failed: str | None, now: float) -> dict[str, Any]:
     folder = workdir / "cells" / name
-    held = _held(workdir / "cells" / f".{name}.lock")
+    held = is_held(workdir / "cells" / f".{name}.lock")
     done = (folder / "results.json").is_file()
     return _training(folder, name, steps, done, held, failed, now)
 
@@ -207,8 +208,7 @@ def _alive(record: Mapping[str, Any], tests: Sequence[Path], now: float) -> bool
     if not record or record["state"] not in ("running", "trained"):
         return False
     if record["state"] == "trained":
-        local = [path for path in tests if isinstance(path, Path)]
-        heard = max([record["written"], *(path.stat().st_mtime for path in local)])
+        heard = max([record["written"], *map(_written, tests)])
         return now - heard < _SILENT_CASE_SECONDS
     if not record["compiled"]:
         return now - record["written"] < _SILENT_START_SECONDS
@@ -247,18 +247,9 @@ def _seconds_left(
 # ---------------------------------------------------------------------------- reading and telling
 
 
-def _held(path: Path) -> bool:
-    """Whether a process holds a lock file. Lets go at once of what it finds free."""
-    if not isinstance(path, Path):
-        return False  # In a bucket only its record tells that a training lives.
-    try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+def _written(path: Path) -> float:
+    """When a file was written, s since 1970; 0 in a bucket, which is not asked for it."""
+    return 0.0 if isinstance(path, BucketPath) else path.stat().st_mtime
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from tumorjax.errors import UserError
-from tumorjax.files import read_csv, write_bytes_atomic, write_csv_atomic
+from tumorjax.files import location, read_csv, write_bytes_atomic, write_csv_atomic
 from tumorjax.scaling import figures, laws
 from tumorjax.scaling.results import (
     ALL_TUMORS,
@@ -71,10 +71,10 @@ def run(config: ConfigDict, workdir: Path) -> int:
         )
     if config.metric not in METRICS:
         raise UserError(f"config.metric is {config.metric!r}. Expected one of {', '.join(METRICS)}")
-    arms = read_arms({name: Path(folder) for name, folder in config.studies.items()})
+    arms = read_arms({name: location(folder) for name, folder in config.studies.items()})
     found = compare(arms, config.metric, config.bootstrap, config.seed)
     rows = table(found, [arm.name for arm in arms])
-    workdir = Path(workdir)
+    workdir = location(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     write_csv_atomic(workdir / "worth.csv", rows, list(rows[0]))
     text = markdown(found, [arm.name for arm in arms], config.metric)

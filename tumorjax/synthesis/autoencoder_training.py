@@ -19,7 +19,7 @@ from tumorjax import anatomy, parallel, processes
 from tumorjax.clock import Clock
 from tumorjax.data import crops
 from tumorjax.errors import UserError
-from tumorjax.files import write_csv_atomic, write_json_atomic
+from tumorjax.files import location, write_csv_atomic, write_json_atomic
 from tumorjax.models import convolution
 from tumorjax.settings import plain
 from tumorjax.synthesis import leakage, reconstruction, reconstruction_figure
@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         UserError: the config is wrong, there is nothing to train on, or the loss is no longer a
             number.
     """
-    workdir = Path(workdir)
+    workdir = location(workdir)
     processes.start(config.processes)
     # Refused before scans are prepared.
     build(config)
@@ -292,7 +292,7 @@ def _trained_on(config: ConfigDict, sources: Sources, workdir: Path) -> dict[str
     """
     records = [leakage.record_of(sources)]
     if config.training.perceptual:
-        path = Path(config.training.perceptual) / "trained_on.json"
+        path = location(config.training.perceptual) / "trained_on.json"
         if not path.is_file():
             raise UserError(
                 f"{path}: missing (training.perceptual), so which patients that network has seen is"

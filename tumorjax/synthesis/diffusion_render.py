@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from scipy import ndimage
 
 from tumorjax.errors import UserError
+from tumorjax.files import location
 from tumorjax.geometry import prepare_image, resample_labels, resample_to_shape
 from tumorjax.models.convolution import compiler_options
 from tumorjax.synthesis import texture, trained_diffusion
@@ -75,7 +76,7 @@ def open_model(
             " (configs/diffusion.py), for instance --config.checkpoint=runs/diffusion"
         )
     with _OPENING:
-        return _open(str(Path(checkpoint).resolve()), sampler, steps, guidance)
+        return _open(str(location(checkpoint).resolve()), sampler, steps, guidance)
 
 
 _OPENING, _COMPILING = threading.Lock(), threading.Lock()

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from tumorjax import parallel, processes
 from tumorjax.anatomy import HOST
 from tumorjax.clock import Clock
 from tumorjax.errors import UserError
-from tumorjax.files import write_csv_atomic, write_json_atomic
+from tumorjax.files import location, write_csv_atomic, write_json_atomic
 from tumorjax.models import convolution
 from tumorjax.settings import first_difference, plain
 from tumorjax.synthesis import (
@@ -37,7 +36,7 @@ from tumorjax.synthesis.autoencoder import FACTOR
 from tumorjax.synthesis.autoencoder_training import last_checkpoint, on_host, split_patients
 from tumorjax.synthesis.latent_unet import Inputs
 from tumorjax.synthesis.trained_autoencoder import TrainedAutoencoder
-from tumorjax.training import loop, monitor, schedules
+from tumorjax.training import loop, mirror, monitor, schedules
 from tumorjax.volumes import Store
 
 SECTIONS = ("job", "seed", "data", "preparation", "model", "diffusion", "training")
@@ -266,7 +265,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     Raises:
         UserError: the config is wrong, there is nothing to train on, or the loss is no number.
     """
-    workdir = Path(workdir)
+    workdir = location(workdir)
     processes.start(config.processes)
     _check(config)
     clock = Clock()
@@ -492,23 +491,13 @@ def _check(config: ConfigDict) -> None:
 def _own_autoencoder(config: ConfigDict, workdir: Path) -> TrainedAutoencoder:
     """Copies the autoencoder into the workdir, which then needs no other folder."""
     own = workdir / "autoencoder"
-    if not own.is_dir() and jax.process_index() == 0:
+    is_there = (own / "config.json").is_file()
+    if not is_there and jax.process_index() == 0:
         loaded = trained_autoencoder.load(config.autoencoder)
-        aside = workdir / ".autoencoder.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(
-            config.autoencoder,
-            aside,
-            # Its own scans, where it made any, stay behind.
-            ignore=lambda folder, names: (
-                {"store", "scans"} & set(names)
-                if Path(folder) == Path(config.autoencoder)
-                else set()
-            ),
-        )
-        aside.rename(own)
+        # Its own scans, where it made any, stay behind.
+        mirror.copy_training(location(config.autoencoder), own, without=("store", "scans"))
         return loaded
-    return trained_autoencoder.load(own if own.is_dir() else config.autoencoder)
+    return trained_autoencoder.load(own if is_there else config.autoencoder)
 
 
 def _check_grid(autoencoder: TrainedAutoencoder, store: Store) -> None:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from tumorjax import anatomy, files, volumes
 from tumorjax.errors import CaseError, UserError
+from tumorjax.key_values import is_bucket
 from tumorjax.pages import template
 from tumorjax.plot_style import STYLE
 from tumorjax.settings import plain
@@ -60,7 +61,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     Raises:
         UserError: a store is missing, or they have no kind of tumour in common.
     """
-    workdir = Path(workdir)
+    workdir = files.location(workdir)
     for key in ("store", "synthetic"):
         if not config.data[key]:
             raise UserError(f"config.data.{key} is empty. Set it with --config.data.{key}=...")
@@ -118,7 +119,7 @@ def write(
         UserError: there is no store, a setting is unknown or out of range, the stores differ in
             window or spacing, or no kind of tumour is in both.
     """
-    folder = Path(folder)
+    folder = files.location(folder)
     options = _options(settings or {})
     real = open_store(real_store, real_cases)
     synthetic = _synthetic_source(synthetic_store, synthetic_cases, real)
@@ -195,7 +196,7 @@ def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _synthetic_source(store: Any, cases: Sequence[str] | None, real: Source) -> Source:
     if not isinstance(store, volumes.Store):
-        path = Path(store)
+        path = files.location(store)
         if path.is_dir() and not (path / "store.json").is_file():
             source = open_folder(path, real.settings)
             if cases is None:
@@ -232,8 +233,10 @@ def _steps(checkpoint: str) -> list[list[Any]]:
     """What says that a training's folder holds the same weights."""
     if not checkpoint:
         return []
-    found = sorted((Path(checkpoint) / "checkpoints").glob("*"))
-    return [[path.name, path.stat().st_mtime_ns] for path in found]
+    folder = files.location(checkpoint) / "checkpoints"
+    # In buckets a step is a folder with a record; see training/mirror.py.
+    found = sorted(folder.glob("*/complete.json" if is_bucket(folder) else "*"))
+    return [[str(path.relative_to(folder)), files.version(path)] for path in found]
 
 
 def _finished(folder: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """A picture of scans, their reconstructions and the difference."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
+
+from tumorjax.files import write_bytes_atomic
 
 # HU at which the difference's colours end.
 _DIFFERENCE = 100.0
@@ -53,6 +56,7 @@ def write(
         figure.colorbar(shown, ax=line[-1], label="HU", fraction=0.05)
     for axis, title in zip(axes[0], ("scan", "reconstruction", "difference"), strict=True):
         axis.set_title(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format=path.suffix[1:])
+    write_bytes_atomic(path, drawn.getvalue())
     plt.close(figure)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from tumorjax.errors import UserError
+from tumorjax.files import location
 from tumorjax.models import convolution
 from tumorjax.synthesis import autoencoder, vector_quantization
 from tumorjax.synthesis.autoencoder import Autoencoder
@@ -57,7 +58,7 @@ def load(folder: str | Path) -> TrainedAutoencoder:
     Raises:
         UserError: something is missing there, or does not belong together.
     """
-    folder = Path(folder)
+    folder = location(folder)
     values = {
         name: _read_json(folder, f"{name}.json") for name in ("config", "latent", "trained_on")
     }

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from tumorjax.errors import UserError
+from tumorjax.files import location
 from tumorjax.synthesis import denoisers, diffusion, trained_autoencoder
 from tumorjax.synthesis.latent_unet import Inputs
 from tumorjax.training import checkpoints
@@ -73,7 +74,7 @@ def load(
     Raises:
         UserError: the folder has no trained synthesizer, or the settings do not suit it.
     """
-    folder = Path(folder)
+    folder = location(folder)
     try:
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
         trained_on = json.loads((folder / "trained_on.json").read_text())

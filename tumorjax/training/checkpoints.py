@@ -1,8 +1,8 @@
 """Checkpoints (Orbax), and trained networks for use.
 
 A training's folder holds config.json (all that is needed to build the network) and
-checkpoints/STEP/. Orbax writes aside and renames, so a killed save is never read. Nothing in a
-checkpoint is executed when it is read.
+checkpoints/STEP/ (for buckets see mirror.py). Orbax writes aside and renames, so a killed save is
+never read. Nothing in a checkpoint is executed when it is read.
 """
 
 import hashlib
@@ -26,7 +26,9 @@ from ml_collections import ConfigDict
 from tumorjax import models, processes
 from tumorjax.anatomy import class_table
 from tumorjax.errors import UserError
+from tumorjax.files import location
 from tumorjax.key_values import WRITING, is_full, open_values
+from tumorjax.training.mirror import Mirror, open_mirror
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +47,12 @@ class Manager(ocp.CheckpointManager):
     """
 
     owners: tuple[int, ...] | None = None
+    mirror: Mirror | None = None
+
+    def close(self) -> None:
+        super().close()
+        if self.mirror is not None:
+            self.mirror.close()
 
     def reached_preemption(self, step: int) -> bool:
         return False
@@ -69,8 +77,9 @@ def open_manager(
     """
     if processes is None and not write:
         processes = [jax.process_index()]
-    directory = (folder / "checkpoints").absolute()
     owners = tuple(sorted(processes)) if processes is not None else None
+    mirror = open_mirror(folder / "checkpoints", keep, write, owners)
+    directory = mirror.local if mirror else (folder / "checkpoints").absolute()
     first = owners[0] if owners else 0
     if write and jax.process_index() == first:
         for leftover in directory.glob("*.orbax-checkpoint-tmp*"):
@@ -105,6 +114,7 @@ def open_manager(
     }
     manager = Manager(directory, options=options, item_handlers=handlers)
     manager.owners = multiprocessing.active_processes and owners
+    manager.mirror = mirror
     return manager
 
 
@@ -116,6 +126,8 @@ def save(manager: Manager, step: int, state: Any, position: int) -> None:
     """
     if manager.owners is not None and len(manager.owners) == 1:
         state = jax.tree.map(_seen_as_shared, state)
+    if manager.mirror is not None:
+        manager.mirror.wait()
     with _full_disk_told(manager):
         manager.save(
             step,
@@ -123,16 +135,20 @@ def save(manager: Manager, step: int, state: Any, position: int) -> None:
                 state=ocp.args.PyTreeSave(state), loader=ocp.args.JsonSave({"position": position})
             ),
         )
+    if manager.mirror is not None:
+        manager.mirror.put(step, manager.is_saving_in_progress)
 
 
 def finish(manager: Manager) -> None:
-    """Waits until what was saved is on the disk.
+    """Waits until what was saved is on the disk, or in the bucket.
 
     Raises:
         UserError: the disk is full.
     """
     with _full_disk_told(manager):
         manager.wait_until_finished()
+    if manager.mirror is not None:
+        manager.mirror.wait()
 
 
 def _seen_as_shared(array: jax.Array) -> jax.Array:
@@ -324,7 +340,7 @@ def load_model(folder: str | Path, step: int | None = None) -> tuple[jax.tree_ut
         UserError: the folder has no configuration or no checkpoint, or they do not belong
             together.
     """
-    folder = Path(folder)
+    folder = location(folder)
     try:
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
     except FileNotFoundError:

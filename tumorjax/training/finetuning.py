@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from tumorjax import models
 from tumorjax.errors import UserError
+from tumorjax.files import location
 from tumorjax.models import nnunet_plans, torch_weights
 from tumorjax.training import checkpoints
 
@@ -71,7 +72,7 @@ def starting_parameters(
     Raises:
         UserError: the source is none of these, or of another network (names are listed).
     """
-    path = Path(source)
+    path = location(source)
     if path.is_dir() and nnunet_plans.is_model_folder(path):
         return _from_nnunet(path, config, initial)
     if (path / "config.json").is_file():

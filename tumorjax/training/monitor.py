@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 
 from tumorjax.errors import Preempted, UserError
-from tumorjax.files import write_json_atomic
+from tumorjax.files import local_folder, write_json_atomic
 from tumorjax.locks import claimed
 
 # The section "monitor" of a config.
@@ -86,13 +86,16 @@ class Monitor:
         Args:
             settings: see `DEFAULTS`; missing ones are as there.
             folder: of the training: gets goodput.json, tensorboard/ and wandb/.
-            workdir: of the job, gets profile/; None for `folder`.
+            workdir: of the job, gets profile/; None for `folder`. Where they lie in a bucket,
+                these three folders are in `files.local_folder`.
             details: settings of the training, for Weights & Biases.
 
         Raises:
             UserError: a setting cannot be used, or a package for it is missing.
         """
-        self._folder, self._workdir = folder, workdir or folder
+        self._folder, self._workdir = folder, local_folder(workdir or folder)
+        # What other programs write, who may not know buckets.
+        self._here = local_folder(folder)
         self._settings, self._details = DEFAULTS | dict(settings), dict(details or {})
         self._profile_steps = check_settings(settings)
         self._record: dict[str, Any] = {}
@@ -116,10 +119,10 @@ class Monitor:
         self._recent.clear()
         self._write()
         if self._settings["tensorboard"]:
-            self._sinks.append(_tensorboard(self._folder / "tensorboard", position))
+            self._sinks.append(_tensorboard(self._here / "tensorboard", position))
         if self._settings["wandb"]:
             self._sinks.append(
-                _wandb(self._settings, self._folder, self._record["run"], self._details)
+                _wandb(self._settings, self._here, self._record["run"], self._details)
             )
 
     def trace(self, number: int) -> AbstractContextManager:
