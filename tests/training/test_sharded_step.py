@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from configs.segmentation import get_config
 from tests.collectives import collectives, moving_whole_arrays
@@ -198,3 +199,18 @@ def test_a_space_that_leaves_devices_without_planes_is_refused():
     mesh = parallel.make_mesh({"space": 8})
     with pytest.raises(UserError, match=r"12 planes at resenc_unet.*\[1, 2, 3, 4, 6, 12\].* 16$"):
         segmenter.make_segmenter(config, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_tpus_compiler_sends_planes_and_no_activations_either(name, rng, monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    config = _config(name, patch_size=(32, 16, 16))
+    made = segmenter.make_segmenter(config, parallel.make_mesh({"data": 2, "space": 4}, chips))
+    state = jax.eval_shape(lambda: made.init(0))
+    text = made.step.lower(state, _batch(rng, config)).compile().as_text()
+    assert moving_whole_arrays(text) == []
+    assert any(c.kind == "collective-permute" for c in collectives(text))
