@@ -298,8 +298,7 @@ def damage(path: Any) -> str | None:
         for start in range(0, len(keys), _READ_AT_ONCE):
             some = keys[start : start + _READ_AT_ONCE]
             for key, read in [(key, values.read(key)) for key in some]:
-                # A file that is gone reads as an empty value.
-                if not read.result().value:
+                if not _is_there(read):
                     return f"{key} is listed, and its file is missing"
         chunks = Counter(key.rpartition("/")[0] for key in keys if not key.endswith("/.zarray"))
         arrays = [leaf for leaf in tree if leaf["value_metadata"]["value_type"] == "jax.Array"]
@@ -314,6 +313,17 @@ def damage(path: Any) -> str | None:
     except (OSError, ValueError, KeyError) as error:
         return f"not readable ({str(error).splitlines()[0][:300]})"
     return None
+
+
+def _is_there(read: ts.Future) -> bool:
+    """Whether the file is there that holds a value which is being read."""
+    try:
+        # A file that is gone reads as an empty value, or as an error if its size was known.
+        return bool(read.result().value)
+    except ValueError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return False
 
 
 def _set_aside(path: Any) -> None:
