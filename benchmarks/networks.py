@@ -15,14 +15,13 @@ import subprocess
 import sys
 import time
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tumorjax import models
+from tumorjax import backend, models
 from tumorjax.models.convolution import compiler_options
 from tumorjax.training.losses import segmentation_loss
 
@@ -66,7 +65,7 @@ def build(row: str):
 def count(row: str) -> tuple[float, float]:
     """Returns millions of parameters, and 10^9 FLOP of the forward pass."""
     # Counted as the plain convolutions that accelerators run, not as a CPU's formulation of them.
-    with mock.patch.object(jax, "default_backend", return_value="gpu"):
+    with backend.target("gpu"):
         apply, shapes = build(row)
         x = jax.ShapeDtypeStruct((1, *PATCH, 1), jnp.float32)
         cost = jax.jit(apply).lower(shapes, x).cost_analysis() or {}

@@ -30,7 +30,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Float32, Int
 from scipy.ndimage import gaussian_filter
 
-from tumorjax import parallel
+from tumorjax import backend, parallel
 from tumorjax.errors import UserError
 from tumorjax.models.convolution import compiler_options, split_along_x
 
@@ -314,7 +314,7 @@ def _forward(apply: Callable[[Any], Any], mesh: Mesh | None) -> Any:
     return functools.partial(_forward_of_callable(apply), mesh)
 
 
-@functools.lru_cache(maxsize=8)
+@backend.cached(8)
 def _forward_of_callable(apply: Callable[[Any], Any]) -> Any:
     # jax.jit would keep every closure, with its weights, for the life of the process.
     def forward(mesh, *arguments):
@@ -353,7 +353,7 @@ def _weighted_logits(
     return lax.with_sharding_constraint(logits, parallel.by_class(mesh, logits.shape))
 
 
-@functools.cache
+@backend.cached(4)
 def _forward_with_weights() -> Any:
     # Not at import: which options there are depends on the backend, which starts with the question.
     return jax.jit(_weighted_logits, static_argnums=0, compiler_options=compiler_options())

@@ -37,6 +37,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from tumorjax import backend
 from tumorjax.models import winograd
 
 _DIMENSIONS_3D = ("NXYZC", "XYZIO", "NXYZC")
@@ -106,7 +107,7 @@ def convolution(
 
 def choose(weights: int) -> str:
     """Returns the formulation for a kernel of so many weights a tap on the backend at hand."""
-    if jax.default_backend() != "cpu":
+    if backend.platform() != "cpu":
         return "direct"
     return "winograd" if weights >= _WINOGRAD_WEIGHTS else "planar"
 
@@ -117,7 +118,7 @@ def compiler_options() -> dict[str, str]:
     On CPU convolutions then use all cores; other backends, and versions of XLA that do not know the
     option, get none.
     """
-    return dict(_CPU_OPTIONS) if jax.default_backend() == "cpu" and _options_are_known() else {}
+    return dict(_CPU_OPTIONS) if backend.platform() == "cpu" and _options_are_known() else {}
 
 
 @functools.cache
@@ -139,7 +140,7 @@ def convolution_of_parts(
     On CPU it is the sum of their convolutions: nothing is copied, and a U-Net keeps no second copy
     of its skip connections for the backward pass.
     """
-    if len(parts) == 1 or jax.default_backend() != "cpu":
+    if len(parts) == 1 or backend.platform() != "cpu":
         return convolution(jnp.concatenate(parts, axis=-1), kernel, stride)
     ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
     kernels = jnp.split(kernel, ends, axis=3)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from tumorjax import backend
+
 
 def run_block(block: nnx.Module, *inputs: Array | tuple[Array, ...], remat: bool) -> Array:
     """Applies a block; with `remat` its inside is computed again in the backward pass.
@@ -26,7 +28,7 @@ def run_block(block: nnx.Module, *inputs: Array | tuple[Array, ...], remat: bool
     """
     if not remat:
         return block(*inputs)  # type: ignore[operator]
-    if jax.default_backend() != "cpu":
+    if backend.platform() != "cpu":
         return nnx.remat(lambda block, *inputs: block(*inputs))(block, *inputs)
     graph, state = nnx.split(block)
 

@@ -4,7 +4,6 @@ Both sides of the adversarial game take their step on the same reconstruction, s
 The discriminators' learning rate counts from their own first step.
 """
 
-import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from tumorjax import parallel
+from tumorjax import backend, parallel
 from tumorjax.errors import UserError
 from tumorjax.models import convolution
 from tumorjax.settings import plain
@@ -62,7 +61,7 @@ def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     return _make_trainer(json.dumps(values), mesh)
 
 
-@functools.lru_cache(maxsize=4)
+@backend.cached(4)
 def _make_trainer(text: str, mesh: Mesh) -> Trainer:
     config = ConfigDict(json.loads(text))
     training = config.training

@@ -1,6 +1,5 @@
 """Denoisers by name, and what they are told of a scan and of the tumour that it is to have."""
 
-import functools
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from tumorjax import models
+from tumorjax import backend, models
 from tumorjax.errors import UserError
 from tumorjax.settings import plain
 from tumorjax.synthesis.autoencoder import FACTOR
@@ -68,7 +67,7 @@ def abstract(
     return _abstract(json.dumps(plain(settings)), latent_channels, organs)
 
 
-@functools.lru_cache(maxsize=8)
+@backend.cached(8)
 def _abstract(text: str, latent_channels: int, organs: int):
     functions = []
 

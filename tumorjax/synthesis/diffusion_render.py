@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 from scipy import ndimage
 
+from tumorjax import backend
 from tumorjax.errors import UserError
 from tumorjax.files import location
 from tumorjax.geometry import prepare_image, resample_labels, resample_to_shape
@@ -82,7 +83,7 @@ def open_model(
 _OPENING, _COMPILING = threading.Lock(), threading.Lock()
 
 
-@functools.lru_cache(maxsize=4)
+@backend.cached(4)
 def _open(folder: str, sampler: str | None, steps: int | None, guidance: float | None) -> Model:
     trained = trained_diffusion.load(folder, sampler=sampler, steps=steps, guidance=guidance)
     return make_model(trained, sampler=sampler, steps=steps, guidance=guidance)

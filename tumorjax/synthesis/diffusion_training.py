@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data_prep.prepared_store import prepared_store
-from tumorjax import parallel, processes
+from tumorjax import backend, parallel, processes
 from tumorjax.anatomy import HOST
 from tumorjax.clock import Clock
 from tumorjax.errors import UserError
@@ -82,7 +82,7 @@ def make_trainer(
     return _make_trainer(json.dumps(values), latent_channels, mesh)
 
 
-@functools.lru_cache(maxsize=4)
+@backend.cached(4)
 def _make_trainer(text: str, latent_channels: int, mesh: Mesh) -> Trainer:
     config = ConfigDict(json.loads(text))
     training, settings = config.training, config.diffusion

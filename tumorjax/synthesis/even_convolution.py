@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tumorjax import backend
+
 
 def halving(
     padded: Float[Array, "b x+2 y+2 z+2 c"], kernel: Float[Array, "4 4 4 c d"]
@@ -64,7 +66,7 @@ def convolution(
     x: Float[Array, "b x y z c"], kernel: Float[Array, "i j k c d"]
 ) -> Float[Array, "b x2 y2 z2 d"]:
     """Convolves with stride 1 and without padding; the kernel may have any size."""
-    if jax.default_backend() != "cpu":
+    if backend.platform() != "cpu":
         return jax.lax.conv_general_dilated(
             x, kernel, (1, 1, 1), "VALID", dimension_numbers=("NXYZC", "XYZIO", "NXYZC")
         )

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from tumorjax import anatomy, parallel
+from tumorjax import anatomy, backend, parallel
 from tumorjax.errors import UserError
 from tumorjax.synthesis import diffusion_render, online_texture, shapes, texture
 from tumorjax.synthesis.trained_diffusion import TrainedDiffusion
@@ -122,7 +122,7 @@ def from_settings(
     return _from_text(text, mesh)
 
 
-@functools.lru_cache(maxsize=8)
+@backend.cached(8)
 def _from_text(text: str, mesh: Mesh | None) -> Transform:
     chosen, classes = json.loads(text)
     trained = None

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from tumorjax import backend
 from tumorjax.errors import UserError
 from tumorjax.files import location
 from tumorjax.models import convolution
@@ -135,7 +136,7 @@ def latent_scale(
     return {"shift": values.mean(axis=0).tolist(), "scale": scale.tolist()}
 
 
-@functools.lru_cache(maxsize=8)
+@backend.cached(8)
 def _functions(settings: autoencoder.Settings) -> tuple[Autoencoder, Callable, Callable]:
     """Returns an architecture's functions: the same ones each time, so compiled once."""
     model = autoencoder.create(**settings._asdict())

@@ -1,6 +1,5 @@
 """Trained tumour synthesizers for use: a diffusion model with its autoencoder."""
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
+from tumorjax import backend
 from tumorjax.errors import UserError
 from tumorjax.files import location
 from tumorjax.synthesis import denoisers, diffusion, trained_autoencoder
@@ -163,7 +163,7 @@ def make_generate(
     return jax.tree_util.Partial(_generator(sampling), denoiser, encode, decode)
 
 
-@functools.lru_cache(maxsize=32)
+@backend.cached(32)
 def _generator(sampling: _Sampling) -> Callable[..., tuple[Array, Array]]:
     """Returns the function for some settings: the same one each time, so compiled once."""
 

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from ml_collections import ConfigDict
 
-from tumorjax import models, processes
+from tumorjax import backend, models, processes
 from tumorjax.anatomy import class_table
 from tumorjax.errors import UserError
 from tumorjax.files import location
@@ -416,7 +416,7 @@ def compute_dtype(name: str) -> str:
     """bfloat16 on accelerators and float32 on CPU, unless the config names one."""
     if name != "auto":
         return name
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if backend.platform() == "cpu" else "bfloat16"
 
 
 def _check_same(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> None:

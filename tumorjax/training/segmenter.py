@@ -16,7 +16,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from tumorjax import models, parallel, processes
+from tumorjax import backend, models, parallel, processes
 from tumorjax.anatomy import mirror_table
 from tumorjax.clock import Clock
 from tumorjax.data import augmentation, crops, seen
@@ -126,7 +126,7 @@ def make_segmenter(
     return _make_segmenter(json.dumps(values), mesh, transform, stacked)
 
 
-@functools.lru_cache(maxsize=16)
+@backend.cached(16)
 def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked: bool) -> Segmenter:
     config = ConfigDict(json.loads(text))
     training = config.training
