@@ -18,6 +18,7 @@ from data_prep import virtual_abdomen
 from tumorjax import parallel, processes
 from tumorjax.data import augmentation
 from tumorjax.evaluation import settings as evaluation
+from tumorjax.rehearsal import settings as rehearsal
 from tumorjax.training import monitor
 
 VARIANTS = ("virtual", "virtual_large", "worth", "paper", "paper_pancreas")
@@ -138,6 +139,11 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     # Processes that train together, see tumorjax/cluster.py: coordinator "" for one process alone.
     config.processes = ConfigDict(processes.DEFAULTS)
     config.monitor = ConfigDict(monitor.DEFAULTS)  # where curves and profiles go
+
+    # A machine that the job is compiled for instead of being run, such as "v5e:16x16": what it
+    # takes in memory, time and money, see docs/scale.md.
+    config.rehearse = ""
+    config.rehearsal = ConfigDict(rehearsal.DEFAULTS)
 
     if variant == "virtual_large":
         _virtual_large(config)

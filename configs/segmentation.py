@@ -24,7 +24,8 @@ def get_config(variant: str = "virtual") -> ConfigDict:
         raise ValueError(f"variant {variant!r}. Expected one of {', '.join(VARIANTS)}")
     # What a cell of the study is trained with.
     study = scaling.get_config("virtual")
-    config = ConfigDict({name: study[name] for name in (*SECTIONS, "processes", "monitor")})
+    names = (*SECTIONS, "processes", "monitor", "rehearse", "rehearsal")
+    config = ConfigDict({name: study[name] for name in names})
     config.job = "segmentation"
 
     config.data = ConfigDict()

@@ -87,6 +87,9 @@ def main(argv: list[str]) -> int:
         )
     workdir = location(_WORKDIR.value or Path("runs") / config.job)
     check_writable(workdir)
+    if config.get("rehearse"):
+        # Programs for a machine that is not here are not kept among those of this one.
+        return importlib.import_module("tumorjax.rehearsal.rehearse").run(config, workdir)
     cache = _CACHE.value
     compilation_cache.keep(compilation_cache.default_folder() if cache is None else cache)
     job = importlib.import_module(JOBS[config.job])

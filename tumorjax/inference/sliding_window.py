@@ -310,7 +310,7 @@ def _forward(apply: Callable[[Any], Any], mesh: Mesh | None) -> Any:
     if isinstance(apply, Partial):
         if mesh is not None:
             apply = jax.device_put(apply, parallel.replicated(mesh))
-        return functools.partial(_forward_with_weights(), mesh, apply)
+        return functools.partial(compiled_forward(), mesh, apply)
     return functools.partial(_forward_of_callable(apply), mesh)
 
 
@@ -354,7 +354,8 @@ def _weighted_logits(
 
 
 @backend.cached(4)
-def _forward_with_weights() -> Any:
+def compiled_forward() -> Any:
+    """Returns the step that `predict` takes: (mesh, apply, tiles, flip, mirror table, weights)."""
     # Not at import: which options there are depends on the backend, which starts with the question.
     return jax.jit(_weighted_logits, static_argnums=0, compiler_options=compiler_options())
 

@@ -37,7 +37,7 @@ from tumorjax.training.segmenter import check_network
 from tumorjax.volumes import Store, open_store
 
 # What may differ between two runs of one study: where it computes, not what.
-_FREE = ("mesh", "processes", "workers", "cpu_devices", "monitor")
+_FREE = ("mesh", "processes", "workers", "cpu_devices", "monitor", "rehearse", "rehearsal")
 _FREE_OF_GRID = ("side_by_side",)
 _WAYS = ("auto", "stacked", "threads")
 # That others wait while one process prepares, makes synthetic scans or writes the report.

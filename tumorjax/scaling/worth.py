@@ -40,6 +40,8 @@ _FREE = (
     "mesh",
     "processes",
     "monitor",
+    "rehearse",
+    "rehearsal",
     "report",
     "laws",
 )

@@ -64,12 +64,14 @@ class Segmenter(NamedTuple):
             (state, batch, active [cells]) -> (state, scalars [cells]): a cell that is not active,
             or whose loss is no number, keeps its state.
         apply: (parameters, x) -> logits of the finest level.
+        abstract: one cell's state as shapes.
     """
 
     init: Callable[[int], dict[str, Any]]
     put: loop.Put
     step: Callable[..., tuple[dict[str, Any], dict[str, Array]]]
     apply: Callable[[dict[str, Array], Array], Array]
+    abstract: dict[str, Any]
 
 
 def section(config: ConfigDict) -> dict[str, Any]:
@@ -130,10 +132,25 @@ def make_segmenter(
 def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked: bool) -> Segmenter:
     config = ConfigDict(json.loads(text))
     training = config.training
-    network = checkpoints.build_model(config, deep_supervision=training.deep_supervision)
-    apply_levels, parameters = models.functional(network)
-    fixed = models.fixed_parameters(network)
-    apply, _ = models.functional(checkpoints.build_model(config, deep_supervision=False))
+    functions = []
+
+    def build() -> dict[str, Array]:
+        network = checkpoints.build_model(config, deep_supervision=training.deep_supervision)
+        apply_levels, parameters = models.functional(network)
+        apply, _ = models.functional(checkpoints.build_model(config, deep_supervision=False))
+        functions.append(
+            (
+                apply_levels,
+                apply,
+                models.fixed_parameters(network),
+                getattr(network, "divisor", None),
+            )
+        )
+        return parameters
+
+    # Weights are drawn where a training begins.
+    parameters = jax.eval_shape(build)
+    ((apply_levels, apply, fixed, divisor),) = functions
     factors = finetuning.learning_rate_factors(training, parameters)
     frozen = {name for name, factor in (factors or {}).items() if not factor}
     update = schedules.optimizer(training, training.steps, factors)
@@ -144,7 +161,7 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
     classes = list(config.task.classes)
     patch = tuple(training.patch_size)
     # Only attention over the whole patch has no such number.
-    if divisor := getattr(network, "divisor", None):
+    if divisor:
         parallel.check_space(mesh, patch, divisor, config.model.name)
 
     def init(seed: int) -> dict[str, Any]:
@@ -204,13 +221,12 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
         new = {"parameters": values, "optimizer": optimizer, "step": state["step"] + 1}
         return new | {"key": state["key"]}, scalars
 
-    def abstract() -> dict[str, Any]:
-        return {
-            "parameters": parameters,
-            "optimizer": jax.eval_shape(update.init, parameters),
-            "step": jax.ShapeDtypeStruct((), jnp.int32),
-            "key": jax.ShapeDtypeStruct((2,), jnp.uint32),
-        }
+    abstract = {
+        "parameters": parameters,
+        "optimizer": jax.eval_shape(update.init, parameters),
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "key": jax.ShapeDtypeStruct((2,), jnp.uint32),
+    }
 
     # A rotated patch takes voxels from all along x, and so does what looks for room for a tumour:
     # then each device of "space" is given the whole crop, of one channel, and makes its own part.
@@ -225,10 +241,11 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
         return Segmenter(
             init,
             put,
-            stacked_step(step, mesh, abstract(), batch, transform and transform.weights),
+            stacked_step(step, mesh, abstract, batch, transform and transform.weights),
             apply,
+            abstract,
         )
-    shardings = parallel.state_shardings(mesh, abstract())
+    shardings = parallel.state_shardings(mesh, abstract)
     compiled = functools.partial(
         jax.jit,
         step,
@@ -237,10 +254,14 @@ def _make_segmenter(text: str, mesh: Mesh, transform: Transform | None, stacked:
         compiler_options=convolution.compiler_options(),
     )
     if transform is None:
-        return Segmenter(init, put, compiled(in_shardings=(shardings, batch)), apply)
+        return Segmenter(init, put, compiled(in_shardings=(shardings, batch)), apply, abstract)
     with_weights = compiled(in_shardings=(shardings, batch, whole))
     return Segmenter(
-        init, put, lambda state, batch: with_weights(state, batch, transform.weights), apply
+        init,
+        put,
+        lambda state, batch: with_weights(state, batch, transform.weights),
+        apply,
+        abstract,
     )
 
 

@@ -1,0 +1,135 @@
+"""Rehearses a job: its programs are compiled for a machine that is not here, and counted.
+
+    python -m tumorjax.main --config=configs/scaling.py:paper --config.rehearse=v5e:16x16
+
+Nothing is allocated and no data set is read. docs/scale.md has results.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tumorjax import backend, parallel
+from tumorjax.errors import UserError
+from tumorjax.files import write_bytes_atomic, write_json_atomic
+from tumorjax.inference.sliding_window import tile_starts
+from tumorjax.rehearsal import chips, report
+from tumorjax.rehearsal.advice import advise
+from tumorjax.rehearsal.programs import Program, tile_batch, training_step
+from tumorjax.scaling import grid
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    """Rehearses a study or a segmentation job.
+
+    Args:
+        config: of the job, with `rehearse` (topology) and `rehearsal` (see settings.py).
+        workdir: gets rehearsal.json and rehearsal.md.
+
+    Returns:
+        0, or 1 if the job does not fit.
+
+    Raises:
+        UserError: the topology is unknown, its compiler is missing, or the job's mesh does not
+            fit it.
+    """
+    chip, count = chips.parse(config.rehearse)
+    settings = config.rehearsal
+    if not 0 < settings.efficiency <= 1:
+        raise UserError(
+            f"rehearsal.efficiency is {settings.efficiency}. Expected above 0 and at most 1"
+        )
+    # Shapes and compilers alone: no accelerator of this machine is taken.
+    jax.config.update("jax_platforms", "cpu")
+    cells = len(grid.cells(config.grid)) if config.job == "scaling" else 1
+    plan = {
+        "cells": cells,
+        "steps": config.training.steps,
+        "tile_batches": _tile_batches(config) if config.job == "scaling" else 0,
+    }
+    with backend.target("tpu"):
+        if chip.compiled_here:
+            found, scaling, advice = _compiled(config, chip, plan)
+        else:
+            found, scaling, advice = _estimated(config, chip, count, plan)
+    text = report.markdown(found, scaling, advice)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(
+        workdir / "rehearsal.json", found | {"weak_scaling": scaling, "advice": advice}
+    )
+    write_bytes_atomic(workdir / "rehearsal.md", text.encode())
+    print(text)
+    return 0 if found["memory"]["fits"] else 1
+
+
+def _compiled(config: ConfigDict, chip: chips.Chip, plan: dict[str, Any]):
+    """Compiles for the topology, and for smaller ones with as many cells less."""
+    scaling: list[dict[str, Any]] = []
+    names = chips.smaller(config.rehearse)
+    # The one that was asked for first: the others may not fit its mesh.
+    whole = parallel.make_mesh(_sizes(config), devices=chips.devices(config.rehearse))
+    shape = dict(whole.shape)
+    step, parameters = training_step(config, whole)
+    tiles = Program() if step.too_large else tile_batch(config, whole)
+    for name in names:
+        mesh, program = whole, step
+        if name != config.rehearse:
+            if whole.size // shape["cell"] > chips.parse(name)[1] or step.too_large:
+                continue
+            mesh = parallel.make_mesh(shape | {"cell": -1}, devices=chips.devices(name))
+            program, _ = training_step(config, mesh)
+        scaling.append(_row(name, dict(mesh.shape), program))
+    advice = advise(config, chip, step, shape, plan["cells"])
+    args = (config.rehearse, chip, whole.size, shape, parameters, step, tiles, plan)
+    return report.summary(*args, config.rehearsal, ""), scaling, advice
+
+
+def _estimated(config: ConfigDict, chip: chips.Chip, count: int, plan: dict[str, Any]):
+    """Takes one cell's program for another chip, and this chip's figures."""
+    sizes = _sizes(config)
+    others = {axis: size for axis, size in sizes.items() if axis != "cell" and size not in (1, -1)}
+    if others:
+        raise UserError(
+            f"rehearse {config.rehearse}: estimates are of cells on one chip each, and mesh has"
+            f" {others}. Rehearse a TPU topology, or leave these axes at 1"
+        )
+    devices = chips.devices(chips.STAND_IN)[:1]
+    mesh = parallel.make_mesh({}, devices=devices)
+    step, parameters = training_step(config, mesh)
+    tiles = Program() if step.too_large else tile_batch(config, mesh)
+    shape = dict(mesh.shape) | {"cell": count}
+    advice = advise(config, chip, step, shape, plan["cells"])
+    args = (config.rehearse, chip, count, shape, parameters, step, tiles, plan)
+    return report.summary(*args, config.rehearsal, chips.STAND_IN), [], advice
+
+
+def _sizes(config: ConfigDict) -> dict[str, int]:
+    return {axis: int(size) for axis, size in config.mesh.items()}
+
+
+def _row(name: str, mesh: Mapping[str, int], program: Program) -> dict[str, Any]:
+    return {
+        "topology": name,
+        "chips": math.prod(mesh.values()),
+        "cells": mesh["cell"],
+        "peak": program.peak,
+        "sent": program.sent,
+        "flops": program.flops,
+        "compile_seconds": program.compiling,
+    }
+
+
+def _tile_batches(config: ConfigDict) -> int:
+    """Passes of the sliding window in a cell's test, mirrored ones included."""
+    patch = tuple(config.training.patch_size)
+    shape = [max(a, b) for a, b in zip(config.rehearsal.scan, patch, strict=True)]
+    tiles = math.prod(len(s) for s in tile_starts(shape, patch, config.inference.overlap))
+    passes = int(np.ceil(tiles / config.inference.batch_size)) * 2 ** len(
+        config.inference.mirror_axes
+    )
+    return passes * config.rehearsal.test_scans
