@@ -186,6 +186,7 @@ def test_a_folder_of_something_else_is_refused_and_not_made(tmp_path):
     with pytest.raises(UserError, match=r"nothing: no config\.json of a study or a training"):
         status.run(get_config(), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
-    write_json_atomic(tmp_path / "config.json", {"input": "scans"})
-    with pytest.raises(UserError, match=r"no config\.json of a study"):
-        status.run(get_config(), tmp_path)
+    for other in ({"input": "scans"}, {"grid": {"arms": ["real"], "n_real": [1], "seeds": [0]}}):
+        write_json_atomic(tmp_path / "config.json", other)
+        with pytest.raises(UserError, match=r"no config\.json of a study"):
+            status.run(get_config(), tmp_path)

@@ -66,7 +66,7 @@ def status(workdir: Path, now: float | None = None) -> dict[str, Any]:
     """
     now = time.time() if now is None else now
     config = _json(workdir / "config.json")
-    if not config or not {"grid", "training"} & set(config):
+    if not config or "training" not in config:
         raise UserError(
             f"{workdir}: no config.json of a study or a training. Give the --workdir that such a"
             " job has or had"
