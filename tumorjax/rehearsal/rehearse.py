@@ -6,7 +6,7 @@ Nothing is allocated and no data set is read. docs/scale.md has results.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,41 +52,50 @@ def run(config: ConfigDict, workdir: Path) -> int:
         "steps": config.training.steps,
         "tile_batches": _tile_batches(config) if config.job == "scaling" else 0,
     }
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    def write(found: dict[str, Any], scaling: list[dict[str, Any]], advice: list[str]) -> str:
+        text = report.markdown(found, scaling, advice)
+        values = found | {"weak_scaling": scaling, "advice": advice}
+        write_json_atomic(workdir / "rehearsal.json", values)
+        write_bytes_atomic(workdir / "rehearsal.md", text.encode())
+        return text
+
     with backend.target("tpu"):
         if chip.compiled_here:
-            found, scaling, advice = _compiled(config, chip, plan)
+            found, scaling, advice = _compiled(config, chip, plan, write)
         else:
             found, scaling, advice = _estimated(config, chip, count, plan)
-    text = report.markdown(found, scaling, advice)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(
-        workdir / "rehearsal.json", found | {"weak_scaling": scaling, "advice": advice}
-    )
-    write_bytes_atomic(workdir / "rehearsal.md", text.encode())
-    print(text)
+    print(write(found, scaling, advice))
     return 0 if found["memory"]["fits"] else 1
 
 
-def _compiled(config: ConfigDict, chip: chips.Chip, plan: dict[str, Any]):
-    """Compiles for the topology, and for smaller ones with as many cells less."""
+def _compiled(
+    config: ConfigDict, chip: chips.Chip, plan: dict[str, Any], write: Callable[..., str]
+):
+    """Compiles for the topology, and for smaller ones with as many cells less.
+
+    Each takes minutes, so what is known is written after each of them.
+    """
     scaling: list[dict[str, Any]] = []
-    names = chips.smaller(config.rehearse)
+    names = chips.smaller(config.rehearse) if config.rehearsal.weak_scaling else [config.rehearse]
     # The one that was asked for first: the others may not fit its mesh.
     whole = parallel.make_mesh(_sizes(config), devices=chips.devices(config.rehearse))
     shape = dict(whole.shape)
     step, parameters = training_step(config, whole)
     tiles = Program() if step.too_large else tile_batch(config, whole)
-    for name in names:
-        mesh, program = whole, step
-        if name != config.rehearse:
-            if whole.size // shape["cell"] > chips.parse(name)[1] or step.too_large:
-                continue
-            mesh = parallel.make_mesh(shape | {"cell": -1}, devices=chips.devices(name))
-            program, _ = training_step(config, mesh)
-        scaling.append(_row(name, dict(mesh.shape), program))
     advice = advise(config, chip, step, shape, plan["cells"])
     args = (config.rehearse, chip, whole.size, shape, parameters, step, tiles, plan)
-    return report.summary(*args, config.rehearsal, ""), scaling, advice
+    found = report.summary(*args, config.rehearsal, "")
+    last = _row(config.rehearse, shape, step)
+    for name in names[:-1]:
+        if whole.size // shape["cell"] > chips.parse(name)[1] or step.too_large:
+            continue
+        write(found, [*scaling, last], advice)
+        mesh = parallel.make_mesh(shape | {"cell": -1}, devices=chips.devices(name))
+        program, _ = training_step(config, mesh)
+        scaling.append(_row(name, dict(mesh.shape), program))
+    return found, [*scaling, last], advice
 
 
 def _estimated(config: ConfigDict, chip: chips.Chip, count: int, plan: dict[str, Any]):
