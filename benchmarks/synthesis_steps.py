@@ -35,9 +35,6 @@ def training(synthesizer: str) -> Row:
         chosen = {"synthesizer": synthesizer, "spacing": SPACING, "window": WINDOW}
         transform = online.make(trained, config.task.classes, chosen, mesh)
     made = segmenter.make_segmenter(config, mesh, transform)
-    state = made.init(0)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state["parameters"]))
-    hu, organ, _ = scene()
     # Augmentation cuts patches out of larger crops.
     size = augmentation.source_patch(tuple(config.training.patch_size), config.augmentation)[0]
     hu, organ, _ = scene(size)

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 
+from tests.collectives import collectives, moving_whole_arrays
 from tumorjax import models, parallel
 from tumorjax.anatomy import mirror_table
 from tumorjax.errors import UserError
@@ -384,6 +385,23 @@ def test_a_mesh_gives_what_one_device_gives(rng, sizes, batch_size, classes):
     for apply in (Partial(network, kernel), functools.partial(network, kernel)):
         several = predict(apply, volume, (8, 8, 8), **settings, mesh=mesh)
         np.testing.assert_allclose(several, one, atol=1e-6)
+
+
+def test_where_x_is_split_nothing_but_halos_and_the_logits_is_sent(rng):
+    settings = {"classes": 3, "widths": (4, 8), "blocks": (1, 1), "stages": 2, "seed": 3}
+    apply, parameters = models.functional(models.create("resenc_unet", **settings))
+    mesh = parallel.make_mesh({"data": 2, "space": 4})
+    patch = (16, 8, 8)
+    tiles = jax.device_put(rng.random((2, *patch, 1), np.float32), parallel.batch_sharding(mesh))
+    forward = sliding_window._forward(Partial(apply, parameters), mesh)
+    compiled = forward.func.lower(*forward.args, tiles, None, None, np.ones(patch, np.float32))
+    sent = collectives(compiled.compile().as_text())
+    assert "collective-permute" in {c.kind for c in sent}
+    assert not {"all-gather", "ragged-all-to-all"} & {c.kind for c in sent}
+    # From parts of x to parts of the classes, three and the weights, once.
+    whole = moving_whole_arrays(compiled.compile().as_text())
+    assert {c.kind for c in whole} == {"all-to-all"}
+    assert sum(c.size * len(c.shapes) for c in whole) <= 4 * np.prod(patch)
 
 
 def test_tiles_and_sums_lie_where_the_mesh_says():

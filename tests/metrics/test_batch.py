@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tumorjax.metrics import backends, volume_kernels
+from tumorjax import parallel
+from tumorjax.metrics import backends, surface_kernels, volume_kernels
 from tumorjax.metrics.batch import compare_labels, compare_masks
 from tumorjax.metrics.boxes import bounding_box, bucket, padded_pair
 from tumorjax.metrics.components import remove_small
 from tumorjax.metrics.detection import match_lesions
+from tumorjax.metrics.lesion_tables import device_tables
 from tumorjax.metrics.overlap import dice
 from tumorjax.metrics.surface import normalized_surface_dice
 
@@ -134,6 +136,32 @@ def test_boxes_are_padded_to_few_sizes_with_room_for_the_dual_grid():
     assert bucket((1, 15, 31)) == (16, 16, 32)
     assert bucket((16, 40, 32)) == (32, 64, 64)
     assert len({bucket((n, n, n)) for n in range(1, 1001)}) == 7
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "space": 4}])
+def test_masks_on_eight_devices_have_the_numbers_of_one(rng, sizes):
+    """Pairs over "data", each mask's x over "space", as predictions on a mesh lie."""
+    crops = [crop for pair in pairs(rng, 30) if (crop := padded_pair(*pair[:2])) is not None][:16]
+    truths, predictions, shapes = zip(*crops, strict=True)
+    truths, predictions = np.stack(truths), np.stack(predictions)
+    spacings = [np.array(SPACINGS[number % 3]) for number in range(16)]
+    limits = [(0.0, 1.0, 2.0, np.inf)[number % 4] for number in range(16)]
+    minimum = [0.0, 3.0] * 8
+
+    def measured(truths, predictions):
+        tables, kept = device_tables(truths, predictions, spacings, minimum, 26)
+        return tables, kept, surface_kernels.near_counts(truths, kept, shapes, spacings, limits)
+
+    mesh = parallel.make_mesh(sizes)
+    lies = parallel.sample_sharding(mesh) if "space" not in sizes else parallel.batch_sharding(mesh)
+    placed = [jax.device_put(masks, lies) for masks in (truths, predictions)]
+    assert all(len(masks.addressable_shards[0].data) == 16 // sizes["data"] for masks in placed)
+    (one, kept, counts), (found, left, near) = measured(truths, predictions), measured(*placed)
+    np.testing.assert_array_equal(left, kept)
+    np.testing.assert_array_equal(near, counts)
+    for table, expected in zip(found, one, strict=True):
+        for array, other in zip(table, expected, strict=True):
+            np.testing.assert_array_equal(array, other)
 
 
 def test_crops_on_an_accelerator_are_those_of_the_host(rng):

@@ -1,8 +1,10 @@
 """The machines that a rehearsal knows: makers' figures a chip.
 
 TPUs: the makers' documentation of v4, v5e, v5p and v6e ("System architecture"), and "How to Scale
-Your Model" (jax-ml.github.io/scaling-book), table of TPU specs. H100: NVIDIA's data sheet of the
-SXM module, dense bfloat16, NVLink in one direction, and one 400 Gbit/s adapter a GPU.
+Your Model" (jax-ml.github.io/scaling-book), table of TPU specs, whose links are a tenth slower than
+what the makers' sums over all ports come to. H100: NVIDIA's data sheet of the SXM module, dense
+bfloat16; its link is one 400 Gbit/s adapter a GPU, as between machines (within one, NVLink is nine
+times faster).
 """
 
 import math

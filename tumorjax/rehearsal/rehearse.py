@@ -6,7 +6,9 @@ Nothing is allocated and no data set is read. docs/scale.md has results.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -61,44 +63,58 @@ def run(config: ConfigDict, workdir: Path) -> int:
         write_bytes_atomic(workdir / "rehearsal.md", text.encode())
         return text
 
-    with backend.target("tpu"):
+    # A compiler works on one core; each program gets one.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         if chip.compiled_here:
-            found, scaling, advice = _compiled(config, chip, plan, write)
+            found, scaling, advice = _compiled(config, chip, plan, write, pool)
         else:
-            found, scaling, advice = _estimated(config, chip, count, plan)
+            found, scaling, advice = _estimated(config, chip, count, plan, pool)
     print(write(found, scaling, advice))
     return 0 if found["memory"]["fits"] else 1
 
 
 def _compiled(
-    config: ConfigDict, chip: chips.Chip, plan: dict[str, Any], write: Callable[..., str]
+    config: ConfigDict,
+    chip: chips.Chip,
+    plan: dict[str, Any],
+    write: Callable[..., str],
+    pool: ThreadPoolExecutor,
 ):
     """Compiles for the topology, and for smaller ones with as many cells less.
 
     Each takes minutes, so what is known is written after each of them.
     """
-    scaling: list[dict[str, Any]] = []
     names = chips.smaller(config.rehearse) if config.rehearsal.weak_scaling else [config.rehearse]
-    # The one that was asked for first: the others may not fit its mesh.
     whole = parallel.make_mesh(_sizes(config), devices=chips.devices(config.rehearse))
     shape = dict(whole.shape)
-    step, parameters = training_step(config, whole)
-    tiles = Program() if step.too_large else tile_batch(config, whole)
+    # The one that was asked for first: where it does not fit, no other is needed.
+    asked = pool.submit(_for_tpu, training_step, config, whole)
+    testing = pool.submit(_for_tpu, tile_batch, config, whole)
+    others = {}
+    for name in names[:-1]:
+        if whole.size // shape["cell"] <= chips.parse(name)[1]:
+            mesh = parallel.make_mesh(shape | {"cell": -1}, devices=chips.devices(name))
+            others[pool.submit(_for_tpu, training_step, config, mesh)] = (name, dict(mesh.shape))
+    step, parameters = asked.result()
+    if step.too_large:
+        pool.shutdown(cancel_futures=True)
+        others, tiles = {}, Program()
+    else:
+        tiles = testing.result()
     advice = advise(config, chip, step, shape, plan["cells"])
     args = (config.rehearse, chip, whole.size, shape, parameters, step, tiles, plan)
     found = report.summary(*args, config.rehearsal, "")
-    last = _row(config.rehearse, shape, step)
-    for name in names[:-1]:
-        if whole.size // shape["cell"] > chips.parse(name)[1] or step.too_large:
-            continue
-        write(found, [*scaling, last], advice)
-        mesh = parallel.make_mesh(shape | {"cell": -1}, devices=chips.devices(name))
-        program, _ = training_step(config, mesh)
-        scaling.append(_row(name, dict(mesh.shape), program))
-    return found, [*scaling, last], advice
+    rows = [_row(config.rehearse, shape, step)]
+    for program in as_completed(others):
+        write(found, rows, advice)
+        name, mesh_shape = others[program]
+        rows = sorted([*rows, _row(name, mesh_shape, program.result()[0])], key=_chips)
+    return found, rows, advice
 
 
-def _estimated(config: ConfigDict, chip: chips.Chip, count: int, plan: dict[str, Any]):
+def _estimated(
+    config: ConfigDict, chip: chips.Chip, count: int, plan: dict[str, Any], pool: ThreadPoolExecutor
+):
     """Takes one cell's program for another chip, and this chip's figures."""
     sizes = _sizes(config)
     others = {axis: size for axis, size in sizes.items() if axis != "cell" and size not in (1, -1)}
@@ -109,12 +125,18 @@ def _estimated(config: ConfigDict, chip: chips.Chip, count: int, plan: dict[str,
         )
     devices = chips.devices(chips.STAND_IN)[:1]
     mesh = parallel.make_mesh({}, devices=devices)
-    step, parameters = training_step(config, mesh)
-    tiles = Program() if step.too_large else tile_batch(config, mesh)
+    testing = pool.submit(_for_tpu, tile_batch, config, mesh)
+    step, parameters = _for_tpu(training_step, config, mesh)
+    tiles = Program() if step.too_large else testing.result()
     shape = dict(mesh.shape) | {"cell": count}
     advice = advise(config, chip, step, shape, plan["cells"])
     args = (config.rehearse, chip, count, shape, parameters, step, tiles, plan)
     return report.summary(*args, config.rehearsal, chips.STAND_IN), [], advice
+
+
+def _for_tpu(compiling: Callable[..., Any], *arguments: Any) -> Any:
+    with backend.target("tpu"):
+        return compiling(*arguments)
 
 
 def _sizes(config: ConfigDict) -> dict[str, int]:
@@ -131,6 +153,10 @@ def _row(name: str, mesh: Mapping[str, int], program: Program) -> dict[str, Any]
         "flops": program.flops,
         "compile_seconds": program.compiling,
     }
+
+
+def _chips(row: Mapping[str, Any]) -> int:
+    return row["chips"]
 
 
 def _tile_batches(config: ConfigDict) -> int:
