@@ -41,6 +41,7 @@ def run(workdir, scratch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)  # minutes on a quiet machine
 def test_a_study_in_a_bucket_is_the_one_on_a_disk(proxy, bucket, tmp_path):
     here, there = tmp_path / "study", BucketPath(bucket) / "study"
     run(here, tmp_path)
