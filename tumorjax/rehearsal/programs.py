@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,8 +51,50 @@ class Program(NamedTuple):
         return sum(row["sent"] for row in self.traffic.values())
 
 
-def training_step(config: ConfigDict, mesh: Mesh) -> tuple[Program, int]:
-    """Compiles the training step, augmentation and optimizer included.
+class Traced(NamedTuple):
+    """A program before it is compiled, which takes minutes.
+
+    Attributes:
+        lowered: of `jax.jit(...).lower`.
+        chips: that it runs on.
+        arrays: numbers of elements of the state's arrays, which may be gathered.
+    """
+
+    lowered: Any
+    chips: int
+    arrays: set[int]
+
+    def compile(self) -> Program:
+        """Compiles it and reads off what it takes; any thread may."""
+        start = time.perf_counter()
+        try:
+            compiled = self.lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            text = str(error)
+            if "RESOURCE_EXHAUSTED" not in text:
+                raise
+            needed = re.search(r"Used [\d.]+\w of [\d.]+\w hbm[^\n]*", text)
+            what = needed.group(0) if needed else text.splitlines()[0]
+            return Program(too_large=what, compiling=time.perf_counter() - start)
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        found = collectives.parse(compiled.as_text(), self.chips)
+        gathered = collectives.gathered_activations(found, self.arrays)
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return Program(
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            peak=memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+            flops=cost["flops"],
+            moved=cost["bytes accessed"],
+            traffic=collectives.totals(found),
+            gathered=tuple(f"{one.shapes} over {one.group} chips" for one in gathered),
+            unknown_loops=any(one.unknown_loop for one in found),
+            compiling=time.perf_counter() - start,
+        )
+
+
+def training_step(config: ConfigDict, mesh: Mesh) -> tuple[Traced, int]:
+    """Traces the training step, augmentation and optimizer included.
 
     Args:
         config: of a study or a segmentation job.
@@ -86,12 +127,12 @@ def training_step(config: ConfigDict, mesh: Mesh) -> tuple[Program, int]:
     active = [jax.ShapeDtypeStruct(front, bool)] if stacked else []
     arrays = {int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(one)}
     step: Any = segmenter.step
-    program = _compile(lambda: step.lower(state, batch, *active), mesh.size, arrays)
-    return program, sum(int(np.prod(x.shape)) for x in one["parameters"].values())
+    traced = Traced(step.lower(state, batch, *active), mesh.size, arrays)
+    return traced, sum(int(np.prod(x.shape)) for x in one["parameters"].values())
 
 
-def tile_batch(config: ConfigDict, mesh: Mesh) -> Program:
-    """Compiles one pass of the sliding window on one chip, as a cell's test runs it.
+def tile_batch(config: ConfigDict, mesh: Mesh) -> Traced:
+    """Traces one pass of the sliding window on one chip, as a cell's test runs it.
 
     Args:
         config: of a study or a segmentation job.
@@ -111,32 +152,4 @@ def tile_batch(config: ConfigDict, mesh: Mesh) -> Program:
     sides = None if table is None else shaped((len(table),), jnp.int32)
     tiles = shaped((config.inference.batch_size, *patch, 1), jnp.float32)
     arguments = (Partial(segmenter.apply, weights), tiles, flip, sides, shaped(patch, jnp.float32))
-    return _compile(lambda: compiled_forward().lower(None, *arguments), 1, set())
-
-
-def _compile(lower: Callable[[], Any], chips: int, arrays: set[int]) -> Program:
-    start = time.perf_counter()
-    try:
-        compiled = lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text:
-            raise
-        needed = re.search(r"Used [\d.]+\w of [\d.]+\w hbm[^\n]*", text)
-        what = needed.group(0) if needed else text.splitlines()[0]
-        return Program(too_large=what, compiling=time.perf_counter() - start)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    found = collectives.parse(compiled.as_text(), chips)
-    gathered = collectives.gathered_activations(found, arrays)
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Program(
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
-        flops=cost["flops"],
-        moved=cost["bytes accessed"],
-        traffic=collectives.totals(found),
-        gathered=tuple(f"{one.shapes} over {one.group} chips" for one in gathered),
-        unknown_loops=any(one.unknown_loop for one in found),
-        compiling=time.perf_counter() - start,
-    )
+    return Traced(compiled_forward().lower(None, *arguments), 1, set())

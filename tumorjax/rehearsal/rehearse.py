@@ -63,8 +63,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
         write_bytes_atomic(workdir / "rehearsal.md", text.encode())
         return text
 
-    # A compiler works on one core; each program gets one.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    # Much of what a compiler does is on one core. Programs are traced in this thread, one after the
+    # other, so that what is wrong with the settings is told at once.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, backend.target("tpu"):
         if chip.compiled_here:
             found, scaling, advice = _compiled(config, chip, plan, write, pool)
         else:
@@ -88,14 +89,15 @@ def _compiled(
     whole = parallel.make_mesh(_sizes(config), devices=chips.devices(config.rehearse))
     shape = dict(whole.shape)
     # The one that was asked for first: where it does not fit, no other is needed.
-    asked = pool.submit(_for_tpu, training_step, config, whole)
-    testing = pool.submit(_for_tpu, tile_batch, config, whole)
+    traced, parameters = training_step(config, whole)
+    asked = pool.submit(traced.compile)
+    testing = pool.submit(tile_batch(config, whole).compile)
     others = {}
     for name in names[:-1]:
         if whole.size // shape["cell"] <= chips.parse(name)[1]:
             mesh = parallel.make_mesh(shape | {"cell": -1}, devices=chips.devices(name))
-            others[pool.submit(_for_tpu, training_step, config, mesh)] = (name, dict(mesh.shape))
-    step, parameters = asked.result()
+            others[pool.submit(training_step(config, mesh)[0].compile)] = (name, dict(mesh.shape))
+    step = asked.result()
     if step.too_large:
         pool.shutdown(cancel_futures=True)
         others, tiles = {}, Program()
@@ -108,7 +110,7 @@ def _compiled(
     for program in as_completed(others):
         write(found, rows, advice)
         name, mesh_shape = others[program]
-        rows = sorted([*rows, _row(name, mesh_shape, program.result()[0])], key=_chips)
+        rows = sorted([*rows, _row(name, mesh_shape, program.result())], key=_chips)
     return found, rows, advice
 
 
@@ -125,18 +127,14 @@ def _estimated(
         )
     devices = chips.devices(chips.STAND_IN)[:1]
     mesh = parallel.make_mesh({}, devices=devices)
-    testing = pool.submit(_for_tpu, tile_batch, config, mesh)
-    step, parameters = _for_tpu(training_step, config, mesh)
+    traced, parameters = training_step(config, mesh)
+    testing = pool.submit(tile_batch(config, mesh).compile)
+    step = traced.compile()
     tiles = Program() if step.too_large else testing.result()
     shape = dict(mesh.shape) | {"cell": count}
     advice = advise(config, chip, step, shape, plan["cells"])
     args = (config.rehearse, chip, count, shape, parameters, step, tiles, plan)
     return report.summary(*args, config.rehearsal, chips.STAND_IN), [], advice
-
-
-def _for_tpu(compiling: Callable[..., Any], *arguments: Any) -> Any:
-    with backend.target("tpu"):
-        return compiling(*arguments)
 
 
 def _sizes(config: ConfigDict) -> dict[str, int]:
