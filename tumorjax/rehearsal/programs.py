@@ -19,6 +19,9 @@ from tumorjax.inference.sliding_window import compiled_forward
 from tumorjax.rehearsal import collectives
 from tumorjax.training.segmenter import make_segmenter
 
+# XLA's ExecutionOptions: from -1, the fastest compilation, to 1, the fastest program.
+_QUICK = {"exec_time_optimization_effort": -1.0}
+
 
 class Program(NamedTuple):
     """What the compiler says of a program, on each chip and in each run.
@@ -64,11 +67,17 @@ class Traced(NamedTuple):
     chips: int
     arrays: set[int]
 
-    def compile(self) -> Program:
-        """Compiles it and reads off what it takes; any thread may."""
+    def compile(self, quick: bool = False) -> Program:
+        """Compiles it and reads off what it takes; any thread may.
+
+        Args:
+            quick: spend a fifth of the time. What is computed and what is sent are the same; how
+                operations are fused, and so memory and the bytes to and from it, are a little
+                off, and only comparable among programs that were compiled like this.
+        """
         start = time.perf_counter()
         try:
-            compiled = self.lowered.compile()
+            compiled = self.lowered.compile(compiler_options=_QUICK if quick else None)
         except jax.errors.JaxRuntimeError as error:
             text = str(error)
             if "RESOURCE_EXHAUSTED" not in text:

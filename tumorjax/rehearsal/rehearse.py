@@ -5,6 +5,7 @@
 Nothing is allocated and no data set is read. docs/scale.md has results.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tumorjax import backend, parallel
@@ -81,11 +83,10 @@ def _compiled(
     write: Callable[..., str],
     pool: ThreadPoolExecutor,
 ):
-    """Compiles for the topology, and for smaller ones with as many cells less.
+    """Compiles for the topology, and how the step grows to it from smaller ones.
 
     Each takes minutes, so what is known is written after each of them.
     """
-    names = chips.smaller(config.rehearse) if config.rehearsal.weak_scaling else [config.rehearse]
     whole = parallel.make_mesh(_sizes(config), devices=chips.devices(config.rehearse))
     shape = dict(whole.shape)
     # The one that was asked for first: where it does not fit, no other is needed.
@@ -93,10 +94,10 @@ def _compiled(
     asked = pool.submit(traced.compile)
     testing = pool.submit(tile_batch(config, whole).compile)
     others = {}
-    for name in names[:-1]:
-        if whole.size // shape["cell"] <= chips.parse(name)[1]:
-            mesh = parallel.make_mesh(shape | {"cell": -1}, devices=chips.devices(name))
-            others[pool.submit(training_step(config, mesh)[0].compile)] = (name, dict(mesh.shape))
+    for name, other in _growing(config, whole) if config.rehearsal.weak_scaling else ():
+        mesh = parallel.make_mesh(_sizes(other), devices=chips.devices(name))
+        program = pool.submit(training_step(other, mesh)[0].compile, quick=True)
+        others[program] = (name, dict(mesh.shape), other.training.batch_size)
     step = asked.result()
     if step.too_large:
         pool.shutdown(cancel_futures=True)
@@ -106,12 +107,34 @@ def _compiled(
     advice = advise(config, chip, step, shape, plan["cells"])
     args = (config.rehearse, chip, whole.size, shape, parameters, step, tiles, plan)
     found = report.summary(*args, config.rehearsal, "")
-    rows = [_row(config.rehearse, shape, step)]
+    rows: list[dict[str, Any]] = []
     for program in as_completed(others):
         write(found, rows, advice)
-        name, mesh_shape = others[program]
-        rows = sorted([*rows, _row(name, mesh_shape, program.result())], key=_chips)
+        row = _row(*others[program], program.result())
+        rows = sorted([*rows, row], key=lambda row: row["chips"])
     return found, rows, advice
+
+
+def _growing(config: ConfigDict, whole: Mesh) -> list[tuple[str, ConfigDict]]:
+    """Returns topologies up to the one asked for, each with as much less of the job.
+
+    With several cells at once, cells grow with the chips; else the batch does, where it lies on
+    several chips. Topologies of which that makes no whole number are left out.
+    """
+    axis = "cell" if whole.shape["cell"] > 1 else "data"
+    found = []
+    for name in chips.smaller(config.rehearse):
+        count = chips.parse(name)[1]
+        size, rest = divmod(whole.shape[axis] * count, whole.size)
+        batch, odd = divmod(config.training.batch_size * count, whole.size)
+        if not size or rest or (axis == "data" and odd):
+            continue
+        other = copy.deepcopy(config)
+        other.mesh.update(dict(whole.shape) | {axis: size})
+        if axis == "data":
+            other.training.batch_size = batch
+        found.append((name, other))
+    return found if len(found) > 1 else []
 
 
 def _estimated(
@@ -141,20 +164,17 @@ def _sizes(config: ConfigDict) -> dict[str, int]:
     return {axis: int(size) for axis, size in config.mesh.items()}
 
 
-def _row(name: str, mesh: Mapping[str, int], program: Program) -> dict[str, Any]:
+def _row(name: str, mesh: Mapping[str, int], batch: int, program: Program) -> dict[str, Any]:
     return {
         "topology": name,
         "chips": math.prod(mesh.values()),
         "cells": mesh["cell"],
+        "batch": batch,
         "peak": program.peak,
         "sent": program.sent,
         "flops": program.flops,
         "compile_seconds": program.compiling,
     }
-
-
-def _chips(row: Mapping[str, Any]) -> int:
-    return row["chips"]
 
 
 def _tile_batches(config: ConfigDict) -> int:
