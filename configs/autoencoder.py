@@ -10,6 +10,7 @@ any, only say where crops lie (training.centered). WORKDIR has the network, qual
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import scaling
 from tumorjax import parallel, processes
@@ -45,8 +46,17 @@ def get_config(variant: str = "virtual") -> ConfigDict:
     config.preparation = scaling.preparation()  # the window's ends become -1 and 1
 
     config.model = ConfigDict()
-    config.model.preset = "small"  # or "difftumor"; the other settings take the place of a preset's
-    config.model.dtype = "auto"
+    config.model.preset = "small"  # or "difftumor"
+    # Each takes the place of the preset's (tumorjax/synthesis/autoencoder.py says what they are).
+    config.model.kind = placeholder(str)
+    config.model.widths = placeholder(tuple)
+    config.model.decoder_widths = placeholder(tuple)
+    config.model.latent_channels = placeholder(int)
+    config.model.encoder_blocks = placeholder(tuple)
+    config.model.decoder_blocks = placeholder(tuple)
+    config.model.norm = placeholder(str)
+    config.model.padding = placeholder(str)
+    config.model.dtype = "auto"  # bfloat16 on accelerators, float32 on CPU
 
     config.training = ConfigDict()
     config.training.patch_size = (32, 32, 32)

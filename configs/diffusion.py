@@ -39,7 +39,10 @@ def get_config(variant: str = "virtual") -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "latent_unet"  # or "video_unet", DiffTumor's
-    config.model.preset = "small"
+    config.model.preset = "small"  # or "large"
+    config.model.widths = placeholder(tuple)  # these three take the place of the preset's
+    config.model.blocks = placeholder(int)
+    config.model.attention_heads = placeholder(int)
     config.model.dtype = "auto"  # bfloat16 on accelerators, float32 on CPU
 
     config.diffusion = ConfigDict()
@@ -93,6 +96,10 @@ def _paper(config: ConfigDict) -> None:
     config.model = ConfigDict()
     config.model.name = "video_unet"
     config.model.preset = "difftumor"
+    config.model.width = placeholder(int)  # these four take the place of the preset's
+    config.model.multipliers = placeholder(tuple)
+    config.model.heads = placeholder(int)
+    config.model.head_width = placeholder(int)
     config.model.told = False
     config.model.dtype = "auto"
     config.diffusion.objective = "noise"

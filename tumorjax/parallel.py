@@ -181,6 +181,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Puts arrays that each process has by itself, all the same, whole onto a mesh's devices.
+
+    Weights from a checkpoint lie on one device of each process. jax.device_put would have one
+    process send them to the others, which not every backend can.
+    """
+    sharding = replicated(mesh)
+
+    def place(leaf: Array | np.ndarray) -> Array:
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(place, tree)
+
+
 def by_cell(mesh: Mesh) -> NamedSharding:
     """The sharding of one value a cell [cells, ...]: over "cell"."""
     return NamedSharding(mesh, CELLS)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import autoencoder as autoencoder_config
 from tumorjax.errors import UserError
 from tumorjax.synthesis import autoencoder, even_convolution
 
@@ -109,3 +110,13 @@ def test_sizes(rng, widths, blocks):
 def test_wrong_settings_are_told(settings, message):
     with pytest.raises(UserError, match=message):
         autoencoder.create(**settings)
+
+
+@pytest.mark.parametrize("variant", autoencoder_config.VARIANTS)
+def test_every_setting_can_be_given_on_the_command_line_and_is_the_presets_without(variant):
+    model = autoencoder_config.get_config(variant).model
+    assert set(model) == {"preset", *autoencoder.Settings._fields}
+    preset = autoencoder.check_settings({"preset": model.preset, "dtype": model.dtype})
+    assert autoencoder.check_settings(model) == preset
+    model.latent_channels = 16
+    assert autoencoder.check_settings(model) == preset._replace(latent_channels=16)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import diffusion as diffusion_config
 from tumorjax.errors import UserError
-from tumorjax.synthesis import denoisers, even_convolution
+from tumorjax.synthesis import denoisers, even_convolution, latent_unet, video_unet
 from tumorjax.synthesis.latent_unet import Inputs
 
 SETTINGS = {"name": "latent_unet", "widths": (8, 16), "blocks": 1, "attention_heads": 2}
@@ -125,3 +126,19 @@ def test_crops_that_cannot_be_halved_are_refused(rng):
     apply, parameters = denoisers.functional(SETTINGS, 4, 3)
     with pytest.raises(UserError, match="multiples of 8"):
         apply(parameters, _inputs(rng, side=3))
+
+
+@pytest.mark.parametrize(("variant", "module"), [("virtual", latent_unet), ("paper", video_unet)])
+def test_every_setting_can_be_given_on_the_command_line_and_is_the_presets_without(variant, module):
+    model = diffusion_config.get_config(variant).model
+    assert set(model) == {"name", "preset", *module.SETTINGS}
+
+    def shapes(settings):
+        _, parameters = denoisers.abstract(settings, 4, 3)
+        return {name: leaf.shape for name, leaf in parameters.items()}
+
+    given = {key: value for key, value in model.items() if value is not None}
+    assert shapes(model) == shapes(given)
+    wider = {"widths": (16, 32)} if module is latent_unet else {"width": 16}
+    model.update(wider)
+    assert shapes(model) == shapes(given | wider) != shapes(given)

@@ -23,8 +23,8 @@ TRAINING = [
     "--config.data.held_out=0.25",
 ]
 AUTOENCODER = [
-    "--config.model.widths=(4,8,8)",
-    "--config.model.decoder_blocks=(1,1)",
+    "--config.model.widths=(4,8)",
+    "--config.model.decoder_blocks=(1,)",
     "--config.model.latent_channels=3",
     "--config.training.patch_size=(16,16,16)",
     "--config.evaluation.batches=2",

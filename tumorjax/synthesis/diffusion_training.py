@@ -415,7 +415,7 @@ def train(
     training = config.training
     trainer = make_trainer(config, organs, autoencoder.latent_channels, mesh)
     lesions = lesion_crops.find_lesions(sources)
-    encode = jax.device_put(autoencoder.encode, parallel.replicated(mesh))
+    encode = parallel.replicate(mesh, autoencoder.encode)
     owners = parallel.processes_of(mesh)
 
     def batches_from(position: int):

@@ -186,7 +186,7 @@ def make(
         # Whole on every device, and an argument of what is compiled, not a part of it.
         weights: Any = trained.generate
         if mesh is not None:
-            weights = jax.device_put(weights, parallel.replicated(mesh))
+            weights = parallel.replicate(mesh, weights)
         draw = functools.partial(
             _draw_diffusion, [trained.organs.index(host.organ) for host in hosts]
         )
