@@ -86,6 +86,7 @@ def test_processes_gather_agree_and_tell_who_is_late(tmp_path):
             " config.a.b was 1 and is 2."
         )
         assert found["held"] == zero["held"]
+        assert found["replicated"] == [True, 4, 15.0, [[[0, 1, 2], [3, 4, 5]]] * 2]
     # Of states that each has for itself, and of one that is spread over both; read by one process.
     assert zero["restored"] == [[3, 0.0, 12.0], [3, 0.0, 6.0]]
     assert one["restored"] == [[3, 300.0, 312.0], [3, 12.0, 18.0]]

@@ -32,6 +32,7 @@ def talk() -> dict:
     with processes.holding(FOLDER, alone=False):
         found["held"] = json.loads((FOLDER / ".job.json").read_text())["job"]
     found["restored"] = [_keep(FOLDER / f"own{INDEX}", [INDEX]), _keep(FOLDER / "both", None)]
+    found["replicated"] = _replicated()
     # Last: the process that does not come is left alone at every later barrier.
     if INDEX == 0:
         found["late"] = _error(lambda: processes.barrier("late", 1))
@@ -81,6 +82,20 @@ def fail() -> dict:
         raise KeyError("lesion_volume")
     processes.barrier("after the error", 60)
     return {}
+
+
+def _replicated() -> list:
+    """Weights that lie on one device of each process, put onto all devices of both."""
+    import numpy as np
+
+    from tumorjax import parallel
+
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    weights = {"kernel": jax.device_put(values, jax.local_devices()[0])}
+    whole = parallel.replicate(parallel.make_mesh({"data": -1}), weights)["kernel"]
+    total = jax.jit(lambda array: array.sum())(whole)
+    parts = [part.data.tolist() for part in whole.addressable_shards]
+    return [whole.is_fully_replicated, len(whole.sharding.device_set), float(total), parts]
 
 
 def _keep(folder: Path, owners: list[int] | None) -> list[float]:
