@@ -21,10 +21,14 @@ from typing import Any
 import tensorstore as ts
 
 from tumorjax.errors import UserError
-from tumorjax.key_values import clear_errors, insist, is_bucket, list_keys, open_bucket
-
-# Seconds for an object of a few gigabytes, such as a checkpoint's.
-_BULK = 900.0
+from tumorjax.key_values import (
+    BULK_SECONDS,
+    clear_errors,
+    insist,
+    is_bucket,
+    list_keys,
+    open_bucket,
+)
 
 
 class BucketPath:
@@ -140,7 +144,9 @@ class BucketPath:
 
     def _read(self, byte_range: slice | None = None) -> ts.KvStore.ReadResult:
         with clear_errors(self):
-            return insist(lambda: self._values().read(self.key, byte_range=byte_range), _BULK)
+            return insist(
+                lambda: self._values().read(self.key, byte_range=byte_range), BULK_SECONDS
+            )
 
     def _below(self) -> list[str]:
         """Returns the keys below this folder, relative to it."""
@@ -203,7 +209,7 @@ class BucketPath:
     def write_bytes(self, data: bytes) -> int:
         """Puts an object, whole or not at all."""
         with clear_errors(self):
-            insist(lambda: self._values().write(self.key, data), _BULK)
+            insist(lambda: self._values().write(self.key, data), BULK_SECONDS)
         return len(data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> int:
@@ -239,7 +245,7 @@ class BucketPath:
         with clear_errors(self):
             # At once: one request after the other would take long for a large folder.
             for write in [values.write(f"{prefix}{key}", None) for key in self._below()]:
-                write.result(timeout=_BULK)
+                write.result(timeout=BULK_SECONDS)
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Makes nothing: a folder is there when something is in it."""

@@ -36,8 +36,10 @@ _PATIENCE = {
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
 
-# Longer than all of these tries together.
+# Longer than all of these tries together; and for an object of a few gigabytes, such as a
+# checkpoint's, or a list of a million keys.
 ANSWER_SECONDS = 150.0
+BULK_SECONDS = 900.0
 
 # One for the process: shard indices and the last chunks stay in memory (all of a small store does),
 # and files written once under a token never change, so they are not looked at again.
@@ -162,7 +164,7 @@ def explain(url: Any, error: BaseException) -> UserError | None:
 def insist(ask: Callable[[], ts.Future], seconds: float = ANSWER_SECONDS) -> Any:
     """Returns what a request gives; asks again where it gives nothing at all for too long.
 
-    Beside tensorstore's own tries: under faults a list was seen that never came to its end.
+    Beside tensorstore's own tries, which know nothing of a server that answers and never ends.
 
     Args:
         ask: makes the request; one that may be made twice.
@@ -182,7 +184,7 @@ def list_keys(root: ts.KvStore, prefix: str) -> list[str]:
     """Returns the keys that start with a prefix; all for ""."""
     # "0" is the character after "/".
     keys = ts.KvStore.KeyRange(prefix, f"{prefix[:-1]}0") if prefix else ts.KvStore.KeyRange()
-    return sorted(key.decode() for key in insist(lambda: root.list(keys)))
+    return sorted(key.decode() for key in insist(lambda: root.list(keys), BULK_SECONDS))
 
 
 def remove_keys(root: ts.KvStore, prefix: str) -> None:

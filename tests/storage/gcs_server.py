@@ -118,13 +118,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, objects):
         with self.server.mutex:
             names = sorted(objects)
-        start = self.query.get("pageToken") or self.query.get("startOffset", "")
+        token = self.query.get("pageToken")
+        start = bytes.fromhex(token).decode() if token else self.query.get("startOffset", "")
         end = self.query.get("endOffset")
         prefix = self.query.get("prefix", "")
         names = [n for n in names if n >= start and n.startswith(prefix) and not (end and n >= end)]
         page = {"items": [{"name": name, "size": "1"} for name in names[:PAGE]]}
         if len(names) > PAGE:
-            page["nextPageToken"] = names[PAGE]
+            # tensorstore sends it back as it is: a "+" of a name would come as a space.
+            page["nextPageToken"] = names[PAGE].encode().hex()
         self._reply(200, json.dumps(page).encode())
 
     def do_POST(self):

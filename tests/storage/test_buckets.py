@@ -82,7 +82,7 @@ def test_what_is_removed_is_gone(folder):
 
 
 def test_lists_have_all_pages(folder, proxy):
-    fill(folder, [f"many/{i:04d}" for i in range(230)])
+    fill(folder, [f"many/real+{i:04d}" for i in range(230)])
     assert len(list((folder / "many").iterdir())) == 230
 
 
