@@ -160,9 +160,11 @@ def test_logits_and_gradients_of_each_network_with_x_split(rng, name):
     assert any(c.kind == "collective-permute" for c in collectives(text))
     scale = float(jnp.abs(expected).max())
     np.testing.assert_allclose(logits, expected, atol=2e-5 * scale)
+    # A bias before a norm has a gradient of zero, of which rounding leaves some of the others'.
+    largest = max(float(jnp.abs(value).max()) for value in gradient.values())
     for key, value in gradient.items():
-        scale = float(jnp.abs(value).max())
-        np.testing.assert_allclose(found[key], value, atol=1e-5 + 1e-3 * scale, err_msg=key)
+        atol = 1e-3 * float(jnp.abs(value).max()) + 1e-5 * max(1.0, largest)
+        np.testing.assert_allclose(found[key], value, atol=atol, err_msg=key)
 
 
 def test_fsdp_holds_a_share_of_the_state_and_gathers_weights_alone(rng):
