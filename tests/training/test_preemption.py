@@ -176,9 +176,11 @@ def test_a_second_signal_ends_at_once_and_the_grace_time_ends(grace, signals, co
         text=True,
     )
     assert process.stdout.readline() == "ready\n"
-    for place, number in enumerate(signals):
+    process.send_signal(signals[0])
+    assert "saving, then stopping" in process.stderr.readline()
+    for number in signals[1:]:
         # An order that arrives twice within two seconds is one.
-        time.sleep(2.5 * place)
+        time.sleep(2.5)
         process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code, err
