@@ -174,6 +174,7 @@ def _row(name: str, mesh: Mapping[str, int], batch: int, program: Program) -> di
         "sent": program.sent,
         "flops": program.flops,
         "compile_seconds": program.compiling,
+        "too_large": program.too_large,
     }
 
 

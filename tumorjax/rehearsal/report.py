@@ -195,8 +195,10 @@ def _scaling_rows(scaling: list[dict[str, Any]]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in scaling:
+        takes = f"{row['peak'] / 1e9:.3f} | {row['sent'] / 1e6:.3f} | {row['flops'] / 1e12:.3f}"
+        if row["too_large"]:  # a program made in less time may need more memory than the asked one
+            takes = "does not fit | |"
         lines.append(
-            f"| {row['topology']} | {row['chips']} | {row['cells']} | {row['batch']} |"
-            f" {row['peak'] / 1e9:.3f} | {row['sent'] / 1e6:.3f} | {row['flops'] / 1e12:.3f} |"
+            f"| {row['topology']} | {row['chips']} | {row['cells']} | {row['batch']} | {takes} |"
         )
     return lines
