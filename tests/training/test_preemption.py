@@ -153,6 +153,8 @@ def test_the_first_signal_is_heard_while_the_main_thread_waits(number):
 LISTENER = """
 import os, signal, sys, time
 from tumorjax.training import preemption
+# A shell lets what it starts in the background ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with preemption.watch(float(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(60)
