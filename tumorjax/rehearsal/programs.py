@@ -72,8 +72,8 @@ class Traced(NamedTuple):
 
         Args:
             quick: spend a fifth of the time. What is computed and what is sent are the same; how
-                operations are fused, and so memory and the bytes to and from it, are a little
-                off, and only comparable among programs that were compiled like this.
+                operations are fused, and so memory and the bytes to and from it, differ, and
+                compare with those of programs that were compiled like this alone.
         """
         start = time.perf_counter()
         try:
